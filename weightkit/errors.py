@@ -61,7 +61,11 @@ class WeightkitError(Exception):
         text = self.what.rstrip(".")
         if self.where is not None:
             text = f"{self.where}: {text}"
-        facts = [f"{word} {value}" for word, value in (("expected", self.expected), ("found", self.found)) if value is not None]
+        facts = [
+            f"{word} {value}"
+            for word, value in (("expected", self.expected), ("found", self.found))
+            if value is not None
+        ]
         if facts:
             text = f"{text}: {', '.join(facts)}"
         return f"{text}.\n{self.fix}" if self.fix else f"{text}."

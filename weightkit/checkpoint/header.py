@@ -1,0 +1,313 @@
+"""The safetensors header: read as untrusted input, and written.
+
+A file is an unsigned 64-bit little-endian length N, N bytes of JSON that begin with ``{`` and may end in spaces, and the data.
+The JSON maps each tensor's name to its dtype, shape and ``data_offsets`` [begin, end) from the start of the data, and
+``__metadata__`` to strings. The tensors tile the data: no holes, no overlaps, nothing after the last.
+Source: https://github.com/huggingface/safetensors#format
+
+    HeaderError
+    ├── HeaderLengthError        the length field is not there, beyond the file, or over 100 MB
+    ├── HeaderTextError          not UTF-8, or not a JSON object
+    ├── HeaderDepthError         nested deeper than the format is
+    ├── DuplicateNameError       one name twice
+    ├── MetadataError            __metadata__ is not strings to strings
+    ├── EntryError               an entry lacks a field or has a wrong one
+    ├── DtypeError               a dtype that the format does not have
+    ├── ShapeError               a shape that is not a list of sizes
+    ├── OffsetsError             offsets that are no range, or lie outside the file
+    ├── SizeError                the range is not what dtype and shape need
+    ├── OverlapError             two tensors share bytes
+    ├── GapError                 bytes that belong to no tensor
+    ├── TruncatedError           the file ends before its data does
+    └── TrailingBytesError       the file goes on after its data
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from weightkit.checkpoint.dtypes import DTYPE_BITS, size_bytes
+from weightkit.checkpoint.json_file import DuplicateKeyError, object_without_duplicates
+from weightkit.errors import HeaderError, MissingFileError
+
+MAX_HEADER_BYTES = 100_000_000
+#: {file {entry [shape: no valid header is deeper.
+MAX_DEPTH = 3
+#: Sizes and offsets beyond this are no real file's; it keeps products in range.
+MAX_SIZE = 1 << 62
+#: Where data starts is padded to this, so that O_DIRECT readers and writers find it aligned.
+ALIGNMENT = 4096
+
+
+class HeaderLengthError(HeaderError):
+    """The length field is missing, beyond the file, or over the format's limit."""
+
+
+class HeaderTextError(HeaderError):
+    """The header is not UTF-8, or not a JSON object."""
+
+
+class HeaderDepthError(HeaderError):
+    """The header is nested deeper than the format."""
+
+
+class DuplicateNameError(HeaderError):
+    """One name stands twice."""
+
+
+class MetadataError(HeaderError):
+    """``__metadata__`` is not a map of strings to strings."""
+
+
+class EntryError(HeaderError):
+    """A tensor's entry lacks a field or has one too many."""
+
+
+class DtypeError(HeaderError):
+    """A dtype that the format does not have."""
+
+
+class ShapeError(HeaderError):
+    """A shape that is not a list of sizes."""
+
+
+class OffsetsError(HeaderError):
+    """Offsets that are no range, or lie outside the file."""
+
+
+class SizeError(HeaderError):
+    """The range of bytes is not what dtype and shape need."""
+
+
+class OverlapError(HeaderError):
+    """Two tensors share bytes."""
+
+
+class GapError(HeaderError):
+    """Bytes that belong to no tensor."""
+
+
+class TruncatedError(HeaderError):
+    """The file ends before its data does."""
+
+
+class TrailingBytesError(HeaderError):
+    """The file goes on after its data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: ``begin`` and ``end`` are byte offsets from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A file's header: entries in the order of their bytes, which tile ``[data_offset, file_size)``."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+    data_offset: int
+    file_size: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a file's header; no tensor data is read, and no more is allocated than the header needs.
+
+    Raises:
+        MissingFileError: there is no such file.
+        HeaderError: one of its subclasses names the defect, with the tensor it concerns.
+    """
+    try:
+        with path.open("rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise HeaderLengthError(
+                    "too short for a safetensors file", where=path, expected="at least 10 bytes", found=file_size
+                )
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES:
+                raise HeaderLengthError(
+                    "header length over the format's limit",
+                    where=path,
+                    expected=f"at most {MAX_HEADER_BYTES:,}",
+                    found=f"{length:,}",
+                )
+            if 8 + length > file_size:
+                raise HeaderLengthError(
+                    "the header ends after the file",
+                    where=path,
+                    expected=f"{8 + length:,} bytes or more",
+                    found=f"{file_size:,}",
+                    fix="Fetch the file again.",
+                )
+            raw = file.read(length)
+    except FileNotFoundError as exc:
+        raise MissingFileError("no such file", where=path) from exc
+    except OSError as exc:
+        raise HeaderError(f"cannot be read ({exc.strerror})", where=path) from exc
+    return parse_header(raw, file_size, path)
+
+
+def parse_header(raw: bytes, file_size: int, where: object) -> Header:
+    """Check the JSON of a header against a file of ``file_size`` bytes. ``where`` is the file's name for errors."""
+    fields = _parse_json(raw, where)
+    metadata = _metadata(fields.pop("__metadata__", {}), where)
+    data_offset = 8 + len(raw)
+    entries = sorted(
+        (_entry(name, value, where) for name, value in fields.items()), key=lambda entry: (entry.begin, entry.end)
+    )
+    _check_tiling(entries, file_size - data_offset, where)
+    return Header(tuple(entries), metadata, data_offset, file_size)
+
+
+def _parse_json(raw: bytes, where: object) -> dict[str, object]:
+    if not raw.startswith(b"{"):
+        raise HeaderTextError("the header is not a JSON object", where=where, expected="'{' first", found=repr(raw[:1]))
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise HeaderTextError(f"the header is not UTF-8 at byte {exc.start}", where=where) from exc
+    _check_depth(text, where)
+    try:
+        fields = json.loads(text, object_pairs_hook=object_without_duplicates)
+    except DuplicateKeyError as exc:
+        raise DuplicateNameError(f"{str(exc)!r} stands twice", where=where) from exc
+    except ValueError as exc:
+        raise HeaderTextError(f"the header is not JSON ({exc})", where=where) from exc
+    if not isinstance(fields, dict):
+        raise HeaderTextError("the header is not a JSON object", where=where, found=type(fields).__name__)
+    return fields
+
+
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_NO_BRACKET = re.compile(r"[^\[\]{}]+")
+
+
+def _check_depth(text: str, where: object) -> None:
+    depth = 0
+    for bracket in _NO_BRACKET.sub("", _STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise HeaderDepthError(
+                "the header is nested too deeply", where=where, expected=f"at most {MAX_DEPTH} levels"
+            )
+
+
+def _metadata(value: object, where: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise MetadataError("__metadata__ must map strings to strings", where=where)
+    return value
+
+
+def _entry(name: str, value: object, where: object) -> Entry:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise EntryError(
+            f"{name!r}: a malformed entry", where=where, expected="dtype, shape, data_offsets", found=found
+        )
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise DtypeError(
+            f"{name!r}: unknown dtype", where=where, expected="one of " + ", ".join(DTYPE_BITS), found=repr(dtype)
+        )
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape) or prod(shape) > MAX_SIZE:
+        raise ShapeError(f"{name!r}: not a shape", where=where, expected="a list of sizes", found=str(shape)[:80])
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(_is_size(offset) for offset in offsets)
+        or offsets[0] > offsets[1]
+    ):
+        raise OffsetsError(
+            f"{name!r}: not a range of bytes", where=where, expected="[begin, end]", found=str(offsets)[:80]
+        )
+    begin, end = offsets
+    if prod(shape) * DTYPE_BITS[dtype] % 8 or size_bytes(dtype, tuple(shape)) != end - begin:
+        raise SizeError(
+            f"{name!r}: data_offsets do not hold {dtype} {shape}",
+            where=where,
+            expected=f"{prod(shape) * DTYPE_BITS[dtype] / 8:,.0f} bytes",
+            found=f"{end - begin:,}",
+        )
+    return Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE  # a bool is no size
+
+
+def _check_tiling(entries: list[Entry], data_bytes: int, where: object) -> None:
+    position, previous = 0, None
+    for entry in entries:
+        if entry.begin < position and entry.end > entry.begin:
+            raise OverlapError(
+                f"{entry.name!r} and {previous!r} overlap",
+                where=where,
+                expected=f"begin at {position:,}",
+                found=f"{entry.begin:,}",
+            )
+        if entry.begin > position:
+            raise GapError(
+                f"a hole before {entry.name!r}",
+                where=where,
+                expected=f"begin at {position:,}",
+                found=f"{entry.begin:,}",
+            )
+        position, previous = max(position, entry.end), entry.name
+    if position > data_bytes:
+        raise TruncatedError(
+            f"{previous!r} and what precedes it need more data than the file has",
+            where=where,
+            expected=f"{position:,} bytes of data",
+            found=f"{data_bytes:,}",
+            fix="Fetch the file again.",
+        )
+    if position < data_bytes:
+        raise TrailingBytesError(
+            "bytes after the last tensor",
+            where=where,
+            expected=f"{position:,} bytes of data",
+            found=f"{data_bytes:,}",
+            fix="Fetch the file again.",
+        )
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the data: length and JSON, padded so that data starts at a multiple of 4096.
+
+    Args:
+        tensors: name, dtype and shape in the order of their bytes.
+        metadata: goes into ``__metadata__``; loaders want ``format: pt`` there.
+
+    Raises:
+        HeaderLengthError: the header would be over the format's limit.
+    """
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + size_bytes(dtype, shape)
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise HeaderLengthError(
+            "the header to be written is over the format's limit",
+            expected=f"at most {MAX_HEADER_BYTES:,}",
+            found=f"{len(raw):,}",
+        )
+    return struct.pack("<Q", len(raw)) + raw

@@ -1,0 +1,46 @@
+"""``model.safetensors.index.json``: which file holds which tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightkit.checkpoint.json_file import json_bytes, read_json_object
+from weightkit.errors import IndexFileError
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """``weight_map`` maps tensor to file name; ``total_size`` is in bytes of tensor data, None where the index lacks it."""
+
+    weight_map: Mapping[str, str]
+    total_size: int | None
+
+
+def read_index(path: Path) -> Index:
+    """Read and check an index. Raises ``IndexFileError``, for a file name that leaves the folder too."""
+    value = read_json_object(path, IndexFileError)
+    weight_map = value.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise IndexFileError("no weight_map", where=path, expected="an object of tensor names to file names")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not is_file_name(file):
+            raise IndexFileError(f"{name!r}: not a file name beside the index", where=path, found=repr(file))
+    metadata = value.get("metadata", {})
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int | float) or total != int(total)):
+        raise IndexFileError("metadata.total_size is no number of bytes", where=path, found=repr(total))
+    return Index(weight_map, None if total is None else int(total))
+
+
+def is_file_name(name: str) -> bool:
+    """Whether ``name`` is one path component that stays in its folder, on any system."""
+    return bool(name) and name not in (".", "..") and not any(c in "/\\" or ord(c) < 32 for c in name)
+
+
+def index_bytes(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """The file as the hubs have it: tensor names sorted."""
+    return json_bytes({"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})

@@ -1,0 +1,157 @@
+"""Reading byte ranges of many files from many threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from weightkit.checkpoint.copies import Copy, copies
+from weightkit.checkpoint.tensors import LazyTensor, size_bytes
+from weightkit.errors import FormatError, MissingFileError, SourceChangedError
+
+Bytes = npt.NDArray[np.uint8]
+
+#: Runs at least this share of their stride are read with what lies between them; sparser ones each by itself.
+DENSE = 1 / 8
+#: Scratch for one covering read.
+SCRATCH_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What tells that a file is still the one that was planned with."""
+
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Stamp:
+        return cls(stat.st_size, stat.st_mtime_ns)
+
+
+class Reader:
+    """Positioned reads from files that are opened once. Threads may share it.
+
+    Args:
+        stamps: for each file the stamp that it must have when opened; files that are not in it are not checked.
+    """
+
+    def __init__(self, stamps: Mapping[str, Stamp] | None = None) -> None:
+        self._stamps = stamps or {}
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._scratch = threading.local()
+        self.bytes_read = 0
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+    def read_range(self, path: str, offset: int, out: Bytes) -> None:
+        """Fill ``out`` (contiguous uint8) from byte ``offset`` of a file. Raises ``FormatError`` where the file ends before."""
+        file, done, view = self._open(path), 0, memoryview(out)
+        while done < len(view):
+            count = os.preadv(file, [view[done:]], offset + done)
+            if count == 0:
+                raise FormatError(
+                    "the file ends early",
+                    where=path,
+                    expected=f"{len(view) - done:,} more bytes at {offset + done:,}",
+                    found="none",
+                )
+            done += count
+        with self._lock:
+            self.bytes_read += done
+
+    def read_copy(self, copy: Copy, out: Bytes) -> None:
+        """Read one copy into ``out``, the bytes of the whole tensor."""
+        if copy.rows == 1:
+            self.read_range(copy.path, copy.offset, out[copy.out_offset : copy.out_offset + copy.run_bytes])
+            return
+        end = copy.out_offset + (copy.rows - 1) * copy.out_stride + copy.run_bytes
+        rows = np.lib.stride_tricks.as_strided(
+            out[copy.out_offset : end], (copy.rows, copy.run_bytes), (copy.out_stride, 1)
+        )
+        if copy.stride == copy.run_bytes == copy.out_stride:
+            self.read_range(copy.path, copy.offset, out[copy.out_offset : end])
+        elif copy.run_bytes >= copy.stride * DENSE:
+            self._read_covering(copy, rows)
+        else:
+            for row in range(copy.rows):
+                self.read_range(copy.path, copy.offset + row * copy.stride, rows[row])
+
+    def read(self, tensor: LazyTensor) -> Bytes:
+        """The bytes of a plain tensor."""
+        out = np.empty(size_bytes(tensor), np.uint8)
+        for copy in copies(tensor):
+            self.read_copy(copy, out)
+        return out
+
+    def _read_covering(self, copy: Copy, rows: Bytes) -> None:
+        """Read runs and the gaps between them in large pieces; keep the runs."""
+        at_once = max(1, SCRATCH_BYTES // copy.stride)
+        scratch = self._scratch_of(at_once * copy.stride)
+        for row in range(0, copy.rows, at_once):
+            count = min(at_once, copy.rows - row)
+            covering = scratch[: (count - 1) * copy.stride + copy.run_bytes]
+            self.read_range(copy.path, copy.offset + row * copy.stride, covering)
+            rows[row : row + count] = np.lib.stride_tricks.as_strided(
+                covering, (count, copy.run_bytes), (copy.stride, 1)
+            )
+
+    def _scratch_of(self, count: int) -> Bytes:
+        held: Bytes | None = getattr(self._scratch, "buffer", None)
+        if held is None or len(held) < count:
+            held = self._scratch.buffer = np.empty(count, np.uint8)
+        return held[:count]
+
+    def _open(self, path: str) -> int:
+        file = self._files.get(path)
+        if file is not None:
+            return file
+        with self._lock:
+            if path in self._files:
+                return self._files[path]
+            try:
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as exc:
+                raise MissingFileError("no such file", where=path) from exc
+            except OSError as exc:
+                raise FormatError(f"cannot be read ({exc.strerror})", where=path) from exc
+            stamp, expected = Stamp.of(os.fstat(file)), self._stamps.get(path)
+            if expected is not None and stamp != expected:
+                os.close(file)
+                raise SourceChangedError(
+                    "the file changed after the plan was made",
+                    where=path,
+                    expected=expected,
+                    found=stamp,
+                    fix="Run the command again with --force.",
+                )
+            self._files[path] = file
+            return file
+
+
+def stamp_file(path: Path) -> Stamp:
+    """The stamp of a file. Raises ``MissingFileError``."""
+    try:
+        return Stamp.of(path.stat())
+    except FileNotFoundError as exc:
+        raise MissingFileError("no such file", where=path) from exc

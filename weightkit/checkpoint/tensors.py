@@ -1,0 +1,252 @@
+"""Lazy tensors: what a tensor is and how to come by its bytes. Building one reads nothing.
+
+    Stored        bytes of a file
+    Narrow        a range of one dimension of another
+    Concat        several, joined along a dimension
+    Dequantized   an FP8 weight times its block scales, in a float dtype
+    Cast          another, in another float dtype
+
+``narrow``, ``concat``, ``dequantize`` and ``cast_to`` build them in a normal form, so that equal contents tend to compare equal:
+a narrow along dimension 0 of a stored tensor is a shorter stored tensor; neighbours join again; a dequantized tensor is
+narrowed by narrowing weight and scale. A tensor without Dequantized or Cast inside is *plain*: it is only bytes, and
+``weightkit.checkpoint.copies`` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+from weightkit.checkpoint import dtypes
+from weightkit.errors import ScaleError
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """``shape`` elements of ``dtype``, row-major, at byte ``offset`` of the file ``path``."""
+
+    path: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """``source[start : start + length]`` along dimension ``dim``."""
+
+    source: LazyTensor
+    dim: int
+    start: int
+    length: int
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _resized(self.source.shape, self.dim, self.length)
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """``parts`` joined along dimension ``dim``."""
+
+    parts: tuple[LazyTensor, ...]
+    dim: int
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _resized(self.parts[0].shape, self.dim, sum(part.shape[self.dim] for part in self.parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """``float32(weight) * scale[row // block, column // block]``, rounded once to ``dtype``.
+
+    ``weight`` is F8_E4M3 [rows, columns]; ``scale`` is F32 [ceil(rows / block), ceil(columns / block)].
+    """
+
+    weight: LazyTensor
+    scale: LazyTensor
+    dtype: str
+    block: int = 128
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """``source`` rounded to nearest even in ``dtype``."""
+
+    source: LazyTensor
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+
+LazyTensor: TypeAlias = Stored | Narrow | Concat | Dequantized | Cast
+
+
+def size_bytes(tensor: LazyTensor) -> int:
+    """Bytes of the dense tensor."""
+    return dtypes.size_bytes(tensor.dtype, tensor.shape)
+
+
+def is_plain(tensor: LazyTensor) -> bool:
+    """Whether the tensor is only bytes of files, in some order."""
+    match tensor:
+        case Stored():
+            return True
+        case Narrow(source=source):
+            return is_plain(source)
+        case Concat(parts=parts):
+            return all(is_plain(part) for part in parts)
+        case _:
+            return False
+
+
+def stored_parts(tensor: LazyTensor) -> Iterator[Stored]:
+    """Every stored tensor that the tensor is made from, in reading order."""
+    match tensor:
+        case Stored():
+            yield tensor
+        case Narrow(source=source) | Cast(source=source):
+            yield from stored_parts(source)
+        case Concat(parts=parts):
+            for part in parts:
+                yield from stored_parts(part)
+        case Dequantized(weight=weight, scale=scale):
+            yield from stored_parts(weight)
+            yield from stored_parts(scale)
+
+
+def narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
+    """``tensor[start : start + length]`` along ``dim``. Raises ``ValueError`` outside the tensor."""
+    size = tensor.shape[dim]
+    if start < 0 or length < 0 or start + length > size:
+        raise ValueError(f"[{start}:{start + length}] is outside dimension {dim} of {tensor.shape}")
+    if length == size:
+        return tensor
+    match tensor:
+        case Stored(path, offset, dtype, shape) if dim == 0:
+            row_bytes = dtypes.size_bytes(dtype, shape[1:])
+            return Stored(path, offset + start * row_bytes, dtype, (length, *shape[1:]))
+        case Narrow(source, inner, begin, _) if inner == dim:
+            return narrow(source, dim, begin + start, length)
+        case Narrow(source, inner, begin, count) if dim == 0:
+            return narrow(narrow(source, dim, start, length), inner, begin, count)
+        case Concat(parts, inner):
+            return _narrow_concat(parts, inner, dim, start, length)
+        case Dequantized():
+            return _narrow_dequantized(tensor, dim, start, length)
+        case Cast(source, dtype):
+            return Cast(narrow(source, dim, start, length), dtype)
+    return Narrow(tensor, dim, start, length)
+
+
+def _narrow_dequantized(tensor: Dequantized, dim: int, start: int, length: int) -> LazyTensor:
+    """Whole blocks by narrowing weight and scale; what begins inside a block is cut from the blocks that cover it."""
+    block, size = tensor.block, tensor.shape[dim]
+    low, high = start // block * block, start + length
+    if low != start:
+        high = min(-(-high // block) * block, size)
+    if (low, high) == (0, size):
+        return Narrow(tensor, dim, start, length)
+    blocks = -(-high // block) - low // block
+    weight, scale = narrow(tensor.weight, dim, low, high - low), narrow(tensor.scale, dim, low // block, blocks)
+    covering = Dequantized(weight, scale, tensor.dtype, block)
+    return covering if low == start else Narrow(covering, dim, start - low, length)
+
+
+def _narrow_concat(parts: tuple[LazyTensor, ...], joined: int, dim: int, start: int, length: int) -> LazyTensor:
+    if joined != dim:
+        return concat([narrow(part, dim, start, length) for part in parts], joined)
+    kept, position = [], 0
+    for part in parts:
+        size = part.shape[dim]
+        low, high = max(start, position), min(start + length, position + size)
+        if low < high:
+            kept.append(narrow(part, dim, low - position, high - low))
+        position += size
+    return concat(kept, dim) if kept else Narrow(parts[0], dim, 0, 0)
+
+
+def concat(parts: Sequence[LazyTensor], dim: int) -> LazyTensor:
+    """The parts joined along ``dim``. Raises ``ValueError`` where dtypes or the other dimensions differ."""
+    if not parts:
+        raise ValueError("nothing to join")
+    first = parts[0]
+    for part in parts[1:]:
+        if part.dtype != first.dtype or _resized(part.shape, dim, 0) != _resized(first.shape, dim, 0):
+            raise ValueError(
+                f"{part.dtype} {part.shape} does not join {first.dtype} {first.shape} along dimension {dim}"
+            )
+    joined: list[LazyTensor] = []
+    for part in parts:
+        for piece in part.parts if isinstance(part, Concat) and part.dim == dim else (part,):
+            merged = _join(joined[-1], piece, dim) if joined else None
+            if merged is None:
+                joined.append(piece)
+            else:
+                joined[-1] = merged
+    return joined[0] if len(joined) == 1 else Concat(tuple(joined), dim)
+
+
+def _join(left: LazyTensor, right: LazyTensor, dim: int) -> LazyTensor | None:
+    """The two neighbours as one tensor simpler than a Concat of them, or None."""
+    match left, right:
+        case Stored(), Stored() if (
+            dim == 0 and left.path == right.path and left.offset + size_bytes(left) == right.offset
+        ):
+            return Stored(left.path, left.offset, left.dtype, _resized(left.shape, 0, left.shape[0] + right.shape[0]))
+        case Narrow(), Narrow() if (
+            left.source == right.source and left.dim == right.dim == dim and left.start + left.length == right.start
+        ):
+            return narrow(left.source, dim, left.start, left.length + right.length)
+        case Dequantized(), Dequantized() if (
+            left.dtype == right.dtype and left.block == right.block and left.shape[dim] % left.block == 0
+        ):
+            weight = concat([left.weight, right.weight], dim)
+            return Dequantized(weight, concat([left.scale, right.scale], dim), left.dtype, left.block)
+        case Cast(), Cast() if left.dtype == right.dtype and left.source.dtype == right.source.dtype:
+            return Cast(concat([left.source, right.source], dim), left.dtype)
+    return None
+
+
+def dequantize(weight: LazyTensor, scale: LazyTensor, dtype: str, block: int, *, name: str) -> LazyTensor:
+    """The weight in ``dtype``. Raises ``ScaleError``, naming the weight ``name``, where the scale does not fit it."""
+    expected = tuple(-(-size // block) for size in weight.shape)
+    if len(weight.shape) != 2 or scale.dtype != "F32" or scale.shape != expected:
+        raise ScaleError(
+            f"the scale does not fit the weight {list(weight.shape)}",
+            where=name,
+            expected=f"F32 {list(expected)}",
+            found=f"{scale.dtype} {list(scale.shape)}",
+        )
+    return Dequantized(weight, scale, dtype, block)
+
+
+def cast_to(tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """The tensor in another float dtype; itself where it has it already."""
+    return tensor if tensor.dtype == dtype else Cast(tensor, dtype)
+
+
+def elements(tensor: LazyTensor) -> int:
+    """How many elements the tensor has."""
+    return prod(tensor.shape)
+
+
+def _resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], size, *shape[dim + 1 :])

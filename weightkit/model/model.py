@@ -1,0 +1,110 @@
+"""The forward pass: embedding, layers, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from weightkit.model.attention import Attention
+from weightkit.model.cache import LatentCache, LayerCache
+from weightkit.model.mlp import GatedMLP, MoE
+from weightkit.model.norm import rms_norm
+from weightkit.model.rope import Rope, Rotation
+from weightkit.model.weights import Observer, Weights, project
+
+if TYPE_CHECKING:
+    from weightkit.family import Architecture
+
+LayerCheck = Callable[[int, torch.Tensor], None]
+"""Called with a layer's index and the hidden states after it (-1: the embedding)."""
+
+
+class Layer:
+    """One decoder layer. It holds no weights, so that making one costs nothing and a model is run layer by layer at will."""
+
+    def __init__(
+        self, arch: Architecture, index: int, weights: Weights, rope: Rope, observe: Observer | None = None
+    ) -> None:
+        self.arch = arch
+        self.index = index
+        self.prefix = f"model.layers.{index}"
+        self.weights = weights
+        self.attention = Attention(arch, f"{self.prefix}.self_attn", weights, rope.softmax_scale, observe)
+        mlp = f"{self.prefix}.mlp"
+        self.mlp: GatedMLP | MoE = (
+            MoE(arch, mlp, weights, observe) if is_moe_layer(arch, index) else GatedMLP(mlp, weights, observe)
+        )
+
+    def __call__(self, hidden: torch.Tensor, rotation: Rotation, cache: LayerCache | None = None) -> torch.Tensor:
+        """``hidden`` [batch, seq, hidden] after this layer. ``rotation`` is that of the seq positions; with a cache they
+        follow the cached tokens."""
+        hidden = hidden + self.attention(self._norm("input_layernorm", hidden), rotation, cache)
+        return hidden + self.mlp(self._norm("post_attention_layernorm", hidden))
+
+    def _norm(self, module: str, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weights.get(f"{self.prefix}.{module}.weight"), self.arch.rms_norm_eps)
+
+
+class Model:
+    """A member of the family: DeepSeek-V2, V2-Lite, V3, R1, Kimi-K2, Moonlight. MTP layers are no part of it.
+
+    The dtype and the device are those of the weights: in F32 logits agree with transformers' to 1e-4 of the largest; in
+    BF16 norms, routing, rotation, softmax and the sum over experts are F32, the rest BF16.
+
+    Args:
+        arch: the config's architecture.
+        weights: the source of weights; asked for each weight at each use.
+        observe: called with each linear map's name and input, for calibration.
+    """
+
+    def __init__(self, arch: Architecture, weights: Weights, observe: Observer | None = None) -> None:
+        self.arch = arch
+        self.weights = weights
+        self.rope = Rope.of(arch)
+        self.layers = [Layer(arch, i, weights, self.rope, observe) for i in range(arch.num_hidden_layers)]
+
+    def new_cache(self) -> LatentCache:
+        """An empty cache for one batch of sequences."""
+        return LatentCache(len(self.layers))
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [batch, seq] to hidden states [batch, seq, hidden], in the weights' dtype on their device."""
+        return self.weights.rows("model.embed_tokens.weight", ids)
+
+    def hidden_states(
+        self, ids: torch.Tensor, cache: LatentCache | None = None, check: LayerCheck | None = None
+    ) -> torch.Tensor:
+        """Hidden states [batch, seq, hidden] after the last layer, before the final norm.
+
+        Args:
+            ids: [batch, seq] token ids; with a cache, those that follow what it holds.
+            cache: read and extended.
+            check: sees the hidden states after each layer.
+        """
+        hidden = self.embed(ids)
+        if check is not None:
+            check(-1, hidden)
+        start = 0 if cache is None else cache.length
+        rotation = self.rope.at(torch.arange(start, start + ids.shape[1], device=hidden.device))
+        for layer in self.layers:
+            hidden = layer(hidden, rotation, None if cache is None else cache.layers[layer.index])
+            if check is not None:
+                check(layer.index, hidden)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head: ``hidden`` [..., hidden] to logits [..., vocab] F32."""
+        head = "model.embed_tokens.weight" if self.arch.tie_word_embeddings else "lm_head.weight"
+        normed = rms_norm(hidden, self.weights.get("model.norm.weight"), self.arch.rms_norm_eps)
+        return project(self.weights, head, normed).float()
+
+    def __call__(self, ids: torch.Tensor, cache: LatentCache | None = None) -> torch.Tensor:
+        """Logits [batch, seq, vocab] F32 of the tokens that follow each of ``ids`` [batch, seq]."""
+        return self.logits(self.hidden_states(ids, cache))
+
+
+def is_moe_layer(arch: Architecture, index: int) -> bool:
+    """Whether layer ``index`` routes to experts: from ``first_k_dense_replace`` on, each ``moe_layer_freq``-th."""
+    return bool(arch.n_routed_experts) and index >= arch.first_k_dense_replace and index % arch.moe_layer_freq == 0

@@ -1,0 +1,57 @@
+"""Where the forward pass gets its weights: anything that answers to the published names.
+
+The model never holds a weight longer than one use. Whoever implements ``Weights`` decides what stays in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from weightkit.errors import MissingTensorError
+
+Observer = Callable[[str, torch.Tensor], None]
+"""Called with a linear map's published weight name and its input [..., in], before each product."""
+
+
+class Weights(Protocol):
+    """A source of weights by their published names, such as ``model.layers.3.mlp.experts.5.gate_proj.weight``."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """The whole weight, dequantized, in its compute dtype (the correction bias in F32) on the model's device.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+        """
+        ...
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows ``ids`` [...] (integers, on any device) of the matrix ``name`` [n, width]: [..., width], as ``get`` would
+        give them. Apart from ``get`` because an embedding of 1.9 GB is read for a few rows of it."""
+        ...
+
+
+class TensorWeights:
+    """Weights that already lie in memory under their published names."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def get(self, name: str) -> torch.Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise MissingTensorError("no such weight in memory", where=name) from None
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        weight = self.get(name)
+        return weight[ids.to(weight.device)]
+
+
+def project(weights: Weights, name: str, x: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
+    """``x`` [..., in] times the transpose of the weight ``name`` [out, in]: [..., out], in ``x``'s dtype."""
+    if observe is not None:
+        observe(name, x)
+    return torch.nn.functional.linear(x, weights.get(name))
