@@ -1,0 +1,336 @@
+"""Every tensor that a checkpoint of the family must hold, from its architecture alone.
+
+Names, shapes and dtypes are those of the published repositories; for DeepSeek-V3 the totals equal the counts that the
+repository reports for itself (684,531,386,000 elements in 91,991 tensors). Nothing here knows the number 61 or 256:
+both come from the config.
+
+Where the indexer's tensors come from (V3.2, GLM-5):
+  names and shapes: ``DeepseekV32Indexer`` of transformers (``wq_b``, ``wk``, ``k_norm`` with a bias, ``weights_proj``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
+from weightkit.errors import UnsupportedError
+from weightkit.family.architecture import Architecture
+
+DTYPE_SIZE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
+"""Size of an element of each dtype that a blueprint names."""
+
+
+class Role(Enum):
+    """What a tensor is for. The value is the component that ``inspect`` counts it under."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    ATTENTION = "attention"
+    INDEXER = "indexer"
+    ROTARY = "rotary"
+    DENSE_MLP = "dense"
+    ROUTER = "router"
+    ROUTER_BIAS = "router bias"
+    ROUTED_EXPERT = "routed"
+    SHARED_EXPERT = "shared"
+    MTP = "mtp"
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """One tensor of a checkpoint as published.
+
+    Attributes:
+        name: the published name.
+        dtype: safetensors spelling.
+        shape: rows first, ``[out, in]`` for a linear weight.
+        role: what it is for. Tensors of an MTP layer keep their role (attention, routed expert...);
+            ``Role.MTP`` is for what only an MTP layer has. See ``component``.
+        layer: its layer, None outside the layers.
+        expert: the routed expert it belongs to, else None.
+        scale_name: of an FP8 weight, the tensor with its block scales.
+        weight_name: of a scale tensor, its FP8 weight.
+        split_dim: the dimension that model parallelism divides; None: whole on every rank, or, where ``expert`` is
+            set, whole on the one rank that owns the expert. A scale splits as its weight does.
+        optional: a checkpoint without it is complete (``rotary_emb.inv_freq``, which follows from the config).
+        mtp: whether it belongs to an MTP layer.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Role
+    layer: int | None = None
+    expert: int | None = None
+    scale_name: str | None = None
+    weight_name: str | None = None
+    split_dim: int | None = None
+    optional: bool = False
+    mtp: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of data on disk."""
+        return prod(self.shape) * DTYPE_SIZE_BYTES[self.dtype]
+
+    @property
+    def component(self) -> str:
+        """The part of the model it is counted under: ``mtp`` for all of an MTP layer, else by role."""
+        if self.mtp:
+            return Role.MTP.value
+        return Role.ROUTER.value if self.role is Role.ROUTER_BIAS else self.role.value
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over tensors.
+
+    Attributes:
+        elements: elements by dtype, in safetensors spelling.
+        tensors: number of tensors.
+        size_bytes: bytes of data, headers not counted.
+    """
+
+    elements: dict[str, int] = field(default_factory=dict)
+    tensors: int = 0
+    size_bytes: int = 0
+
+    @property
+    def total_elements(self) -> int:
+        """Elements of all dtypes."""
+        return sum(self.elements.values())
+
+
+def totals(records: Iterable[Expected]) -> Totals:
+    """Sum the records, optional ones as any other: filter before where they should not count."""
+    elements: dict[str, int] = {}
+    tensors = 0
+    for record in records:
+        elements[record.dtype] = elements.get(record.dtype, 0) + record.elements
+        tensors += 1
+    size_bytes = sum(count * DTYPE_SIZE_BYTES[dtype] for dtype, count in elements.items())
+    return Totals(elements, tensors, size_bytes)
+
+
+def blueprint(arch: Architecture) -> dict[str, Expected]:
+    """Every expected tensor by its published name, in the model's order: embedding, layers, norm, head, MTP layers.
+
+    Raises:
+        UnsupportedError: the checkpoint is quantized by a method whose tensors weightkit does not know.
+    """
+    _require_known_quantization(arch)
+    records = {record.name: record for record in _before_layers(arch)}
+    for layer in range(arch.total_layers):
+        if layer == arch.num_hidden_layers:
+            records.update((record.name, record) for record in _after_layers(arch))
+        records.update((record.name, record) for record in layer_records(arch, layer))
+    if not arch.num_nextn_predict_layers:
+        records.update((record.name, record) for record in _after_layers(arch))
+    return records
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in a tensor's name, published (``model.layers.3...``) or of the demo (``layers.3...``); else None."""
+    parts = name.split(".", 3)
+    if parts[0] == "model":
+        parts = parts[1:]
+    if len(parts) < 2 or parts[0] != "layers" or not (parts[1].isascii() and parts[1].isdecimal()):
+        return None
+    return int(parts[1])
+
+
+def expert_of(name: str) -> int | None:
+    """The routed expert in a tensor's name, published or of the demo; else None."""
+    parts = name.split(".")
+    for before, after in pairwise(parts):
+        if before == "experts" and after.isascii() and after.isdecimal():
+            return int(after)
+    return None
+
+
+def is_mtp(name: str, arch: Architecture) -> bool:
+    """Whether a tensor belongs to an MTP layer: one at or past ``num_hidden_layers``."""
+    layer = layer_of(name)
+    return layer is not None and layer >= arch.num_hidden_layers
+
+
+class _Template(NamedTuple):
+    """A tensor below ``model.layers.N.``; the same for every layer of its kind."""
+
+    suffix: str
+    shape: tuple[int, ...]
+    role: Role
+    split_dim: int | None = None
+    expert: int | None = None
+    quantized: bool = False  # F8_E4M3 with a scale in the FP8 form
+    dtype: str | None = None  # None: the checkpoint's unquantized dtype
+    optional: bool = False
+
+
+def layer_records(arch: Architecture, layer: int) -> Iterator[Expected]:
+    """The tensors of one layer, an MTP layer's own ones first."""
+    mtp = layer >= arch.num_hidden_layers
+    if mtp:
+        yield from _expand(arch, _mtp_templates(arch), layer, mtp=True)
+    yield from _expand(arch, _attention_templates(arch, layer), layer, mtp=mtp)
+    mlp = _moe_templates(arch) if arch.is_moe_layer(layer) else _dense_templates(arch)
+    yield from _expand(arch, mlp, layer, mtp=mtp)
+    yield from _expand(arch, _norm_templates(arch), layer, mtp=mtp)
+
+
+def _expand(arch: Architecture, templates: Iterable[_Template], layer: int, *, mtp: bool) -> Iterator[Expected]:
+    """Records of a layer from templates; an FP8 weight is followed by its scale."""
+    prefix = f"model.layers.{layer}."
+    block = arch.block_size
+    for suffix, shape, role, split_dim, expert, quantized, dtype, optional in templates:
+        name = prefix + suffix
+        if block is None or not quantized or _kept(arch, name):
+            dtype = dtype or arch.dtype
+            yield Expected(name, dtype, shape, role, layer, expert, None, None, split_dim, optional, mtp)
+            continue
+        scale = f"{name}_scale_inv"
+        yield Expected(name, "F8_E4M3", shape, role, layer, expert, scale, None, split_dim, optional, mtp)
+        blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+        yield Expected(scale, "F32", blocks, role, layer, expert, None, name, split_dim, optional, mtp)
+
+
+def _kept(arch: Architecture, name: str) -> bool:
+    """Whether ``modules_to_not_convert`` keeps this weight's module, or one around it, unquantized."""
+    kept = arch.quantization.modules_to_not_convert if arch.quantization else ()
+    if not kept:
+        return False
+    module = name.rpartition(".")[0]
+    return any(module == path or module.startswith(f"{path}.") for path in kept)
+
+
+def _attention_templates(arch: Architecture, layer: int) -> list[_Template]:
+    heads, hidden = arch.num_attention_heads, arch.hidden_size
+    attention = Role.ATTENTION
+    rows = heads * arch.qk_head_dim
+    if arch.q_lora_rank is None:
+        found = [_Template("self_attn.q_proj.weight", (rows, hidden), attention, 0, quantized=True)]
+    else:
+        rank = arch.q_lora_rank
+        found = [
+            _Template("self_attn.q_a_proj.weight", (rank, hidden), attention, quantized=True),
+            _Template("self_attn.q_a_layernorm.weight", (rank,), attention),
+            _Template("self_attn.q_b_proj.weight", (rows, rank), attention, 0, quantized=True),
+        ]
+    latent, value = arch.kv_lora_rank, arch.v_head_dim
+    kv_a, kv_b = (latent + arch.qk_rope_head_dim, hidden), (heads * (arch.qk_nope_head_dim + value), latent)
+    found += [
+        _Template("self_attn.kv_a_proj_with_mqa.weight", kv_a, attention, quantized=True),
+        _Template("self_attn.kv_a_layernorm.weight", (latent,), attention),
+        _Template("self_attn.kv_b_proj.weight", kv_b, attention, 0, quantized=True),
+        _Template("self_attn.o_proj.weight", (hidden, heads * value), attention, 1, quantized=True),
+    ]
+    return [*found, *_indexer_templates(arch, layer), *_rotary_templates(arch, layer)]
+
+
+def _indexer_templates(arch: Architecture, layer: int) -> list[_Template]:
+    """The lightning indexer: whole on every rank, as in the inference demo of V3.2."""
+    if layer not in arch.indexer_layers or arch.index_n_heads is None or arch.index_head_dim is None:
+        return []
+    heads, width, hidden = arch.index_n_heads, arch.index_head_dim, arch.hidden_size
+    rank = arch.q_lora_rank or 0  # from_config refuses an indexer without q_lora_rank
+    return [
+        _Template("self_attn.indexer.wq_b.weight", (heads * width, rank), Role.INDEXER, quantized=True),
+        _Template("self_attn.indexer.wk.weight", (width, hidden), Role.INDEXER, quantized=True),
+        _Template("self_attn.indexer.k_norm.weight", (width,), Role.INDEXER),
+        _Template("self_attn.indexer.k_norm.bias", (width,), Role.INDEXER),
+        _Template("self_attn.indexer.weights_proj.weight", (heads, hidden), Role.INDEXER),
+    ]
+
+
+def _rotary_templates(arch: Architecture, layer: int) -> list[_Template]:
+    """``inv_freq``, which Kimi-K2 and Moonlight store although it follows from the config."""
+    moonlight = arch.model_type == "deepseek_v3" and arch.q_lora_rank is None
+    if layer >= arch.num_hidden_layers or not (arch.model_type == "kimi_k2" or moonlight):
+        return []
+    pairs = arch.qk_rope_head_dim // 2
+    return [_Template("self_attn.rotary_emb.inv_freq", (pairs,), Role.ROTARY, dtype="F32", optional=True)]
+
+
+def _mlp_templates(
+    path: str, hidden: int, width: int, role: Role, *, split: bool, expert: int | None = None
+) -> list[_Template]:
+    """A gated MLP: gate and up ``[width, hidden]``, split by rows; down ``[hidden, width]``, split by columns."""
+    rows, columns = (0, 1) if split else (None, None)
+    return [
+        _Template(f"{path}.gate_proj.weight", (width, hidden), role, rows, expert, True),
+        _Template(f"{path}.up_proj.weight", (width, hidden), role, rows, expert, True),
+        _Template(f"{path}.down_proj.weight", (hidden, width), role, columns, expert, True),
+    ]
+
+
+def _dense_templates(arch: Architecture) -> list[_Template]:
+    return _mlp_templates("mlp", arch.hidden_size, arch.intermediate_size, Role.DENSE_MLP, split=True)
+
+
+def _moe_templates(arch: Architecture) -> list[_Template]:
+    hidden, width, experts = arch.hidden_size, arch.moe_intermediate_size, arch.n_routed_experts
+    found = [_Template("mlp.gate.weight", (experts, hidden), Role.ROUTER)]
+    if arch.has_router_bias:
+        found.append(_Template("mlp.gate.e_score_correction_bias", (experts,), Role.ROUTER_BIAS, dtype="F32"))
+    for expert in range(experts):
+        path = f"mlp.experts.{expert}"
+        found += _mlp_templates(path, hidden, width, Role.ROUTED_EXPERT, split=False, expert=expert)
+    if arch.n_shared_experts:
+        shared = width * arch.n_shared_experts
+        found += _mlp_templates("mlp.shared_experts", hidden, shared, Role.SHARED_EXPERT, split=True)
+    return found
+
+
+def _norm_templates(arch: Architecture) -> list[_Template]:
+    return [
+        _Template("input_layernorm.weight", (arch.hidden_size,), Role.NORM),
+        _Template("post_attention_layernorm.weight", (arch.hidden_size,), Role.NORM),
+    ]
+
+
+def _mtp_templates(arch: Architecture) -> list[_Template]:
+    """What an MTP layer has beyond a MoE layer. In GLM-5 it repeats neither the embedding nor the head."""
+    vocab, hidden = arch.vocab_size, arch.hidden_size
+    found = [
+        _Template("enorm.weight", (hidden,), Role.MTP),
+        _Template("hnorm.weight", (hidden,), Role.MTP),
+        _Template("eh_proj.weight", (hidden, 2 * hidden), Role.MTP),
+        _Template("shared_head.norm.weight", (hidden,), Role.MTP),
+    ]
+    if arch.mtp_repeats_embedding:
+        found.insert(0, _Template("embed_tokens.weight", (vocab, hidden), Role.EMBEDDING, 0))
+        found.append(_Template("shared_head.head.weight", (vocab, hidden), Role.HEAD, 0))
+    return found
+
+
+def _before_layers(arch: Architecture) -> Iterator[Expected]:
+    shape = (arch.vocab_size, arch.hidden_size)
+    yield Expected("model.embed_tokens.weight", arch.dtype, shape, Role.EMBEDDING, split_dim=0)
+
+
+def _after_layers(arch: Architecture) -> Iterator[Expected]:
+    yield Expected("model.norm.weight", arch.dtype, (arch.hidden_size,), Role.NORM)
+    if not arch.tie_word_embeddings:  # tied: the embedding is the head
+        shape = (arch.vocab_size, arch.hidden_size)
+        yield Expected("lm_head.weight", arch.dtype, shape, Role.HEAD, split_dim=0)
+
+
+def _require_known_quantization(arch: Architecture) -> None:
+    if arch.quantization is not None and not arch.quantization.is_fp8:
+        raise UnsupportedError(
+            "the tensors of this quantization are not known",
+            where="quantization_config.quant_method",
+            expected="fp8, or no quantization_config",
+            found=arch.quantization.method,
+            fix="Use the FP8 or BF16 repository of this model.",
+        )
