@@ -4,8 +4,14 @@ Names, shapes and dtypes are those of the published repositories; for DeepSeek-V
 repository reports for itself (684,531,386,000 elements in 91,991 tensors). Nothing here knows the number 61 or 256:
 both come from the config.
 
-Where the indexer's tensors come from (V3.2, GLM-5):
-  names and shapes: ``DeepseekV32Indexer`` of transformers (``wq_b``, ``wk``, ``k_norm`` with a bias, ``weights_proj``).
+What is known of each member beyond V3, against the element counts that the Hugging Face repositories report:
+  V2, V2.5 (235,741,434,880) and V2-Lite (15,706,484,224) agree exactly.
+  V3.2-Exp (685,396,921,376) agrees: indexer shapes from ``DeepseekV32Indexer`` of transformers, in every layer, MTP
+    included. Unverified: that ``k_norm`` and ``weights_proj`` are BF16 there; the sum does not tell dtypes apart.
+  GLM-5 agrees by dtype (753,864,119,552 in BF16, 19,456 in F32), so its indexers are BF16, and its MTP layer has
+    neither embedding nor head. GLM-5-FP8 (753,910,024,032) agrees with wq_b and wk in FP8.
+  Kimi-K2 and Moonlight report a little more than their weights (128 or 56 elements a layer, and 64): their stored
+    ``inv_freq``, whose exact form is unverified; it is optional here. All else agrees.
 """
 
 from __future__ import annotations
@@ -129,13 +135,13 @@ def blueprint(arch: Architecture) -> dict[str, Expected]:
         UnsupportedError: the checkpoint is quantized by a method whose tensors weightkit does not know.
     """
     _require_known_quantization(arch)
-    records = {record.name: record for record in _before_layers(arch)}
-    for layer in range(arch.total_layers):
-        if layer == arch.num_hidden_layers:
-            records.update((record.name, record) for record in _after_layers(arch))
+    embedding, *after = outer_records(arch)
+    records = {embedding.name: embedding}
+    for layer in range(arch.num_hidden_layers):
         records.update((record.name, record) for record in layer_records(arch, layer))
-    if not arch.num_nextn_predict_layers:
-        records.update((record.name, record) for record in _after_layers(arch))
+    records.update((record.name, record) for record in after)
+    for layer in range(arch.num_hidden_layers, arch.total_layers):
+        records.update((record.name, record) for record in layer_records(arch, layer))
     return records
 
 
@@ -175,6 +181,15 @@ class _Template(NamedTuple):
     quantized: bool = False  # F8_E4M3 with a scale in the FP8 form
     dtype: str | None = None  # None: the checkpoint's unquantized dtype
     optional: bool = False
+
+
+def outer_records(arch: Architecture) -> Iterator[Expected]:
+    """The tensors outside the layers: embedding, final norm, and the head where it is not tied to the embedding."""
+    shape = (arch.vocab_size, arch.hidden_size)
+    yield Expected("model.embed_tokens.weight", arch.dtype, shape, Role.EMBEDDING, split_dim=0)
+    yield Expected("model.norm.weight", arch.dtype, (arch.hidden_size,), Role.NORM)
+    if not arch.tie_word_embeddings:
+        yield Expected("lm_head.weight", arch.dtype, shape, Role.HEAD, split_dim=0)
 
 
 def layer_records(arch: Architecture, layer: int) -> Iterator[Expected]:
@@ -311,18 +326,6 @@ def _mtp_templates(arch: Architecture) -> list[_Template]:
         found.insert(0, _Template("embed_tokens.weight", (vocab, hidden), Role.EMBEDDING, 0))
         found.append(_Template("shared_head.head.weight", (vocab, hidden), Role.HEAD, 0))
     return found
-
-
-def _before_layers(arch: Architecture) -> Iterator[Expected]:
-    shape = (arch.vocab_size, arch.hidden_size)
-    yield Expected("model.embed_tokens.weight", arch.dtype, shape, Role.EMBEDDING, split_dim=0)
-
-
-def _after_layers(arch: Architecture) -> Iterator[Expected]:
-    yield Expected("model.norm.weight", arch.dtype, (arch.hidden_size,), Role.NORM)
-    if not arch.tie_word_embeddings:  # tied: the embedding is the head
-        shape = (arch.vocab_size, arch.hidden_size)
-        yield Expected("lm_head.weight", arch.dtype, shape, Role.HEAD, split_dim=0)
 
 
 def _require_known_quantization(arch: Architecture) -> None:
