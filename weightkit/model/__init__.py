@@ -1,11 +1,11 @@
-"""The forward pass of the family in plain torch: MLA in its absorbed form, MoE, weights fetched lazily by published name."""
+"""The forward pass of the family in plain torch: absorbed MLA, MoE, weights fetched lazily by their published names."""
 
 from __future__ import annotations
 
 from weightkit.model.attention import Attention
 from weightkit.model.cache import LatentCache, LayerCache
 from weightkit.model.mlp import GatedMLP, MoE
-from weightkit.model.model import Layer, LayerCheck, Model, is_moe_layer
+from weightkit.model.model import Layer, LayerCheck, Model
 from weightkit.model.norm import rms_norm
 from weightkit.model.rope import Rope, Rotation
 from weightkit.model.weights import Observer, TensorWeights, Weights, project
@@ -24,7 +24,6 @@ __all__ = [
     "Rotation",
     "TensorWeights",
     "Weights",
-    "is_moe_layer",
     "project",
     "rms_norm",
 ]

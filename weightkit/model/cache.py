@@ -1,6 +1,6 @@
-"""The latent key-value cache: per token and layer ``kv_lora_rank + qk_rope_head_dim`` numbers, whatever the number of heads.
+"""The latent key-value cache: ``kv_lora_rank + qk_rope_head_dim`` numbers a token and layer.
 
-For the 671B model that is 576 in BF16, 70 KB a token over 61 layers, where keys and values of 128 heads would take 4 MB.
+For the 671B model that is 70 KB a token in BF16, where keys and values of 128 heads in 61 layers would take 5 MB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class LayerCache:
         self._room: torch.Tensor | None = None
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
-        """Add ``new`` [batch, seq, width]; all tokens so far, [batch, length, width] (a view, valid until the next append)."""
+        """Add ``new`` [batch, seq, width]. Returns all tokens so far, [batch, length, width], a view of the cache."""
         end = self.length + new.shape[1]
         if self._room is None or end > self._room.shape[1]:
             # doubling: the copies add up to no more than twice the final size

@@ -17,7 +17,7 @@ _NORM_EPS = 1e-20  # the published guard where the chosen experts' scores are al
 
 
 class GatedMLP:
-    """``down(silu(gate(x)) * up(x))``. ``prefix`` is such as ``model.layers.0.mlp`` or ``model.layers.3.mlp.experts.5``."""
+    """``down(silu(gate(x)) * up(x))``. ``prefix``: ``model.layers.0.mlp`` or ``model.layers.3.mlp.experts.5``, say."""
 
     def __init__(self, prefix: str, weights: Weights, observe: Observer | None = None) -> None:
         self.prefix = prefix
@@ -44,7 +44,7 @@ class MoE:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to [..., hidden]."""
         tokens = x.flatten(0, -2)
-        y = self.experts(tokens, *self.route(tokens)).unflatten(0, x.shape[:-1])
+        y = self.experts(tokens, *self.route(tokens)).view_as(x)
         return y + self._expert("shared_experts")(x) if self.arch.n_shared_experts else y
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,9 +67,9 @@ class MoE:
         return ids, shares * arch.routed_scaling_factor
 
     def experts(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """The routed experts' outputs for ``x`` [tokens, hidden], weighted and summed in F32: [tokens, hidden], ``x``'s dtype."""
+        """The routed experts' outputs, weighted and summed in F32: ``x``'s shape [tokens, hidden] and dtype."""
         y = torch.zeros_like(x, dtype=torch.float32)
-        for expert in ids.unique().tolist():
+        for expert in sorted(set(ids.flatten().tolist())):
             token, slot = (ids == expert).nonzero(as_tuple=True)
             output = self._expert(f"experts.{expert}")(x[token])
             y.index_add_(0, token, output * shares[token, slot, None])
@@ -92,13 +92,15 @@ class MoE:
         return eligible.topk(arch.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def _limit_groups(self, scores: torch.Tensor, best_of_group: int, excluded: float) -> torch.Tensor:
-        """``scores`` [tokens, experts] with experts outside the token's ``topk_group`` best groups set to ``excluded``. A
-        group's worth is the sum of its ``best_of_group`` highest scores."""
-        groups = scores.unflatten(-1, (self.arch.n_group or 1, -1))
+        """``scores`` [tokens, experts] with ``excluded`` outside each token's ``topk_group`` best groups.
+
+        A group's worth is the sum of its ``best_of_group`` highest scores.
+        """
+        groups = scores.view(len(scores), self.arch.n_group, -1)
         worth = groups.topk(min(best_of_group, groups.shape[-1]), dim=-1).values.sum(dim=-1)
-        best = worth.topk(self.arch.topk_group or 1, dim=-1, sorted=False).indices
+        best = worth.topk(self.arch.topk_group, dim=-1, sorted=False).indices
         outside = torch.ones_like(worth, dtype=torch.bool).scatter_(1, best, False)
-        return groups.masked_fill(outside[..., None], excluded).flatten(-2)
+        return groups.masked_fill(outside[..., None], excluded).view_as(scores)
 
     def _expert(self, module: str) -> GatedMLP:
         return GatedMLP(f"{self.prefix}.{module}", self.weights, self.observe)

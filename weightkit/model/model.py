@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weightkit.errors import UnsupportedError
 from weightkit.model.attention import Attention
 from weightkit.model.cache import LatentCache, LayerCache
 from weightkit.model.mlp import GatedMLP, MoE
@@ -22,7 +23,7 @@ LayerCheck = Callable[[int, torch.Tensor], None]
 
 
 class Layer:
-    """One decoder layer. It holds no weights, so that making one costs nothing and a model is run layer by layer at will."""
+    """One decoder layer. It holds no weights: making one costs nothing, and a model can be run layer by layer."""
 
     def __init__(
         self, arch: Architecture, index: int, weights: Weights, rope: Rope, observe: Observer | None = None
@@ -34,12 +35,17 @@ class Layer:
         self.attention = Attention(arch, f"{self.prefix}.self_attn", weights, rope.softmax_scale, observe)
         mlp = f"{self.prefix}.mlp"
         self.mlp: GatedMLP | MoE = (
-            MoE(arch, mlp, weights, observe) if is_moe_layer(arch, index) else GatedMLP(mlp, weights, observe)
+            MoE(arch, mlp, weights, observe) if arch.is_moe_layer(index) else GatedMLP(mlp, weights, observe)
         )
 
     def __call__(self, hidden: torch.Tensor, rotation: Rotation, cache: LayerCache | None = None) -> torch.Tensor:
-        """``hidden`` [batch, seq, hidden] after this layer. ``rotation`` is that of the seq positions; with a cache they
-        follow the cached tokens."""
+        """``hidden`` [batch, seq, hidden] after this layer.
+
+        Args:
+            hidden: the states before it.
+            rotation: that of the seq positions, which follow the cached tokens.
+            cache: this layer's, read and extended.
+        """
         hidden = hidden + self.attention(self._norm("input_layernorm", hidden), rotation, cache)
         return hidden + self.mlp(self._norm("post_attention_layernorm", hidden))
 
@@ -82,17 +88,33 @@ class Model:
             ids: [batch, seq] token ids; with a cache, those that follow what it holds.
             cache: read and extended.
             check: sees the hidden states after each layer.
+
+        Raises:
+            UnsupportedError: more tokens than the indexer of V3.2 or GLM-5 picks.
         """
+        start = 0 if cache is None else cache.length
+        self._require_dense(start + ids.shape[1])
         hidden = self.embed(ids)
         if check is not None:
             check(-1, hidden)
-        start = 0 if cache is None else cache.length
         rotation = self.rope.at(torch.arange(start, start + ids.shape[1], device=hidden.device))
         for layer in self.layers:
             hidden = layer(hidden, rotation, None if cache is None else cache.layers[layer.index])
             if check is not None:
                 check(layer.index, hidden)
         return hidden
+
+    def _require_dense(self, tokens: int) -> None:
+        """Refuse what only sparse attention would compute."""
+        limit = self.arch.index_topk
+        if limit is not None and tokens > limit:
+            raise UnsupportedError(
+                "sparse attention, which weightkit does not compute; it is dense only up to index_topk tokens",
+                where=self.arch.member,
+                expected=f"at most {limit} tokens",
+                found=tokens,
+                fix="Use a shorter prompt or fewer new tokens.",
+            )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head: ``hidden`` [..., hidden] to logits [..., vocab] F32."""
@@ -103,8 +125,3 @@ class Model:
     def __call__(self, ids: torch.Tensor, cache: LatentCache | None = None) -> torch.Tensor:
         """Logits [batch, seq, vocab] F32 of the tokens that follow each of ``ids`` [batch, seq]."""
         return self.logits(self.hidden_states(ids, cache))
-
-
-def is_moe_layer(arch: Architecture, index: int) -> bool:
-    """Whether layer ``index`` routes to experts: from ``first_k_dense_replace`` on, each ``moe_layer_freq``-th."""
-    return bool(arch.n_routed_experts) and index >= arch.first_k_dense_replace and index % arch.moe_layer_freq == 0

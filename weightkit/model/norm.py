@@ -9,7 +9,7 @@ LATENT_EPS = 1e-6
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x`` [..., width] over its root mean square, times ``weight`` [width]. In F32 up to the weight, then in ``x``'s dtype."""
+    """``x`` [..., width] over its root mean square, in F32, then times ``weight`` [width] in ``x``'s dtype."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)

@@ -2,8 +2,8 @@
 
 YaRN (Peng et al., 2023, arXiv:2309.00071) lets fast-turning pairs of dimensions keep their frequency, divides that of
 slow-turning pairs by ``factor``, and blends linearly between. DeepSeek scales the softmax on top (``softmax_scale``).
-All of it is computed in F32 in the published order of operations: at position 100,000 one more rounding of a frequency turns
-a pair by a hundredth of a radian.
+All of it is computed in F32 in the published order of operations: at position 100,000 one more rounding of a frequency
+turns a pair by a hundredth of a radian.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Rotation:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate ``x`` [batch, seq, ..., rope], whose pairs are neighbours (x0, x1), (x2, x3), ...
 
-        The result, in ``x``'s dtype, holds the pairs' first halves and then their second: the published code re-orders so
-        too, and as queries and keys agree, their products do not notice. Computed in F32, rounded once.
+        The result, in ``x``'s dtype, holds the pairs' first halves and then their second. The published code re-orders
+        so too, and as queries and keys agree, their products do not notice. Computed in F32, rounded once.
         """
         middle = (1,) * (x.dim() - 3)
         cos, sin = (t.view(t.shape[0], *middle, t.shape[1]) for t in (self.cos, self.sin))
@@ -62,8 +62,8 @@ class Rope:
             UnsupportedError: a kind of scaling other than YaRN.
             ConfigError: YaRN without its ``factor``.
         """
-        scaling = dict(arch.rope_scaling or {})
-        base, dim = float(scaling.get("rope_theta") or arch.rope_theta), arch.qk_rope_head_dim
+        scaling: dict[str, Any] = dict(arch.rope_scaling or {})
+        base, dim = arch.rope_theta, arch.qk_rope_head_dim
         softmax_scale = (arch.qk_nope_head_dim + dim) ** -0.5
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind == "default":

@@ -28,8 +28,10 @@ class Weights(Protocol):
         ...
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """Rows ``ids`` [...] (integers, on any device) of the matrix ``name`` [n, width]: [..., width], as ``get`` would
-        give them. Apart from ``get`` because an embedding of 1.9 GB is read for a few rows of it."""
+        """Rows ``ids`` [...] (integers, any device) of the matrix ``name`` [n, width]: [..., width], as by ``get``.
+
+        Apart from ``get`` because a prompt needs few rows of an embedding of 1.9 GB.
+        """
         ...
 
 
