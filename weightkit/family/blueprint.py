@@ -7,11 +7,14 @@ both come from the config.
 What is known of each member beyond V3, against the element counts that the Hugging Face repositories report:
   V2, V2.5 (235,741,434,880) and V2-Lite (15,706,484,224) agree exactly.
   V3.2-Exp (685,396,921,376) agrees: indexer shapes from ``DeepseekV32Indexer`` of transformers, in every layer, MTP
-    included. Unverified: that ``k_norm`` and ``weights_proj`` are BF16 there; the sum does not tell dtypes apart.
+    included. Unverified: whether ``k_norm`` and ``weights_proj`` are BF16 or F32, which a sum does not tell.
   GLM-5 agrees by dtype (753,864,119,552 in BF16, 19,456 in F32), so its indexers are BF16, and its MTP layer has
     neither embedding nor head. GLM-5-FP8 (753,910,024,032) agrees with wq_b and wk in FP8.
-  Kimi-K2 and Moonlight report a little more than their weights (128 or 56 elements a layer, and 64): their stored
-    ``inv_freq``, whose exact form is unverified; it is optional here. All else agrees.
+  Kimi-K2-Instruct agrees in tensors (139,644), elements (1,026,408,235,864, the hub leaving the scales out) and
+    bytes (1,029,173,256,720): its ``inv_freq`` is BF16 and as long as half of hidden_size / heads, 56, not the 32 that
+    the rotary width asks for. Kimi-K2-Instruct-0905 stores 128 instead. Hold no shape against an optional tensor.
+  Moonlight (15,960,111,936) agrees with an ``inv_freq`` of that length (64). Its correction bias is BF16, as readers of
+    its files report; not verified here.
 """
 
 from __future__ import annotations
@@ -63,8 +66,10 @@ class Expected:
         weight_name: of a scale tensor, its FP8 weight.
         split_dim: the dimension that model parallelism divides; None: whole on every rank, or, where ``expert`` is
             set, whole on the one rank that owns the expert. A scale splits as its weight does.
-        optional: a checkpoint without it is complete (``rotary_emb.inv_freq``, which follows from the config).
+        optional: a checkpoint without it is complete, and its shape may differ (``rotary_emb.inv_freq``, which
+            follows from the config and which nobody reads).
         mtp: whether it belongs to an MTP layer.
+        other_dtypes: dtypes that are as good as ``dtype``, where what is published is not certain.
     """
 
     name: str
@@ -78,6 +83,11 @@ class Expected:
     split_dim: int | None = None
     optional: bool = False
     mtp: bool = False
+    other_dtypes: tuple[str, ...] = ()
+
+    def allows(self, dtype: str) -> bool:
+        """Whether a checkpoint may store it in ``dtype``."""
+        return dtype == self.dtype or dtype in self.other_dtypes
 
     @property
     def elements(self) -> int:
@@ -181,6 +191,7 @@ class _Template(NamedTuple):
     quantized: bool = False  # F8_E4M3 with a scale in the FP8 form
     dtype: str | None = None  # None: the checkpoint's unquantized dtype
     optional: bool = False
+    other_dtypes: tuple[str, ...] = ()
 
 
 def outer_records(arch: Architecture) -> Iterator[Expected]:
@@ -207,11 +218,11 @@ def _expand(arch: Architecture, templates: Iterable[_Template], layer: int, *, m
     """Records of a layer from templates; an FP8 weight is followed by its scale."""
     prefix = f"model.layers.{layer}."
     block = arch.block_size
-    for suffix, shape, role, split_dim, expert, quantized, dtype, optional in templates:
+    for suffix, shape, role, split_dim, expert, quantized, dtype, optional, others in templates:
         name = prefix + suffix
         if block is None or not quantized or _kept(arch, name):
             dtype = dtype or arch.dtype
-            yield Expected(name, dtype, shape, role, layer, expert, None, None, split_dim, optional, mtp)
+            yield Expected(name, dtype, shape, role, layer, expert, None, None, split_dim, optional, mtp, others)
             continue
         scale = f"{name}_scale_inv"
         yield Expected(name, "F8_E4M3", shape, role, layer, expert, scale, None, split_dim, optional, mtp)
@@ -258,22 +269,28 @@ def _indexer_templates(arch: Architecture, layer: int) -> list[_Template]:
         return []
     heads, width, hidden = arch.index_n_heads, arch.index_head_dim, arch.hidden_size
     rank = arch.q_lora_rank or 0  # from_config refuses an indexer without q_lora_rank
+    others = ("F32",) if arch.model_type == "deepseek_v32" else ()
     return [
         _Template("self_attn.indexer.wq_b.weight", (heads * width, rank), Role.INDEXER, quantized=True),
         _Template("self_attn.indexer.wk.weight", (width, hidden), Role.INDEXER, quantized=True),
-        _Template("self_attn.indexer.k_norm.weight", (width,), Role.INDEXER),
-        _Template("self_attn.indexer.k_norm.bias", (width,), Role.INDEXER),
-        _Template("self_attn.indexer.weights_proj.weight", (heads, hidden), Role.INDEXER),
+        _Template("self_attn.indexer.k_norm.weight", (width,), Role.INDEXER, other_dtypes=others),
+        _Template("self_attn.indexer.k_norm.bias", (width,), Role.INDEXER, other_dtypes=others),
+        _Template("self_attn.indexer.weights_proj.weight", (heads, hidden), Role.INDEXER, other_dtypes=others),
     ]
 
 
+def _is_moonlight(arch: Architecture) -> bool:
+    """Moonlight calls itself ``deepseek_v3``; it alone among those has no ``q_lora_rank``."""
+    return arch.model_type == "deepseek_v3" and arch.q_lora_rank is None
+
+
 def _rotary_templates(arch: Architecture, layer: int) -> list[_Template]:
-    """``inv_freq``, which Kimi-K2 and Moonlight store although it follows from the config."""
-    moonlight = arch.model_type == "deepseek_v3" and arch.q_lora_rank is None
-    if layer >= arch.num_hidden_layers or not (arch.model_type == "kimi_k2" or moonlight):
+    """``inv_freq``, which Kimi-K2 and Moonlight store although it follows from the config; see above for its length."""
+    if layer >= arch.num_hidden_layers or not (arch.model_type == "kimi_k2" or _is_moonlight(arch)):
         return []
-    pairs = arch.qk_rope_head_dim // 2
-    return [_Template("self_attn.rotary_emb.inv_freq", (pairs,), Role.ROTARY, dtype="F32", optional=True)]
+    shape = (max(1, arch.hidden_size // arch.num_attention_heads // 2),)
+    name = "self_attn.rotary_emb.inv_freq"
+    return [_Template(name, shape, Role.ROTARY, dtype="BF16", optional=True, other_dtypes=("F16", "F32"))]
 
 
 def _mlp_templates(
@@ -296,7 +313,9 @@ def _moe_templates(arch: Architecture) -> list[_Template]:
     hidden, width, experts = arch.hidden_size, arch.moe_intermediate_size, arch.n_routed_experts
     found = [_Template("mlp.gate.weight", (experts, hidden), Role.ROUTER)]
     if arch.has_router_bias:
-        found.append(_Template("mlp.gate.e_score_correction_bias", (experts,), Role.ROUTER_BIAS, dtype="F32"))
+        name, moonlight = "mlp.gate.e_score_correction_bias", _is_moonlight(arch)
+        dtype, others = (arch.dtype, ("F32",)) if moonlight else ("F32", ())
+        found.append(_Template(name, (experts,), Role.ROUTER_BIAS, dtype=dtype, other_dtypes=others))
     for expert in range(experts):
         path = f"mlp.experts.{expert}"
         found += _mlp_templates(path, hidden, width, Role.ROUTED_EXPERT, split=False, expert=expert)

@@ -1,0 +1,191 @@
+"""Known checkpoints: where they are published, what they are made of, how much of it there is.
+
+One TOML file a checkpoint: ``NAME.toml``, or ``NAME/manifest.toml`` for one that ships with the package. Format:
+
+    title = "DeepSeek-V3"
+    checkpoint = "checkpoint"     # only of one that ships: its folder, relative to the manifest
+    [hubs.huggingface]            # and [hubs.modelscope]
+    id = "deepseek-ai/DeepSeek-V3"
+    revision = "main"
+    [architecture]                # the fields of config.json that say what the checkpoint is made of
+    [expected]                    # totals over all stored tensors
+    tensors, size_bytes, files    # files only where the number is known
+    [expected.elements]           # by dtype, in safetensors spelling
+    [files]                       # optional: what is known of each file
+    [evaluation]                  # optional: what the checkpoint was measured to do
+
+Nothing here knows what the fields mean: ``weightkit.family.Architecture.from_config(manifest.config)`` does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+from weightkit.errors import ConfigError, PlanError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Expectation", "Hub", "Manifest", "load", "names"]
+
+_FOLDER = Path(__file__).parent
+_HUBS = ("huggingface", "modelscope")
+_RESTORE = "Restore the file by reinstalling weightkit."
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A checkpoint's place on a hub.
+
+    Attributes:
+        id: ``owner/name``.
+        revision: branch, tag or commit.
+    """
+
+    id: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Totals over all tensors that the checkpoint stores, MTP layers included.
+
+    Attributes:
+        tensors: number of tensors.
+        size_bytes: bytes of data, headers not counted: the index's ``total_size``.
+        elements: elements by dtype, in safetensors spelling.
+        files: number of safetensors files; None where it is not known.
+    """
+
+    tensors: int
+    size_bytes: int
+    elements: Mapping[str, int]
+    files: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A known checkpoint.
+
+    Attributes:
+        name: what ``--model`` and ``load`` call it.
+        title: its name for people.
+        config: the fields of its ``config.json`` that decide what it is made of.
+        expected: its totals; None where the manifest gives none.
+        hubs: where it is published, by hub (``huggingface``, ``modelscope``); empty for one that only ships.
+        path: the folder of the checkpoint, for one that ships with the package; else None.
+        files: the manifest's ``[files]`` table as it stands.
+        evaluation: the manifest's ``[evaluation]`` table as it stands.
+    """
+
+    name: str
+    title: str
+    config: Mapping[str, object]
+    expected: Expectation | None = None
+    hubs: Mapping[str, Hub] = field(default_factory=dict)
+    path: Path | None = None
+    files: Mapping[str, object] = field(default_factory=dict)
+    evaluation: Mapping[str, object] = field(default_factory=dict)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all known checkpoints, sorted."""
+    alone = (path.stem for path in _FOLDER.glob("*.toml"))
+    with_folder = (path.parent.name for path in _FOLDER.glob("*/manifest.toml"))
+    return tuple(sorted({*alone, *with_folder}))
+
+
+def load(name: str) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        PlanError: no manifest of this name; the message has the closest ones.
+        ConfigError: the manifest is damaged.
+    """
+    path = _find(name)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"not TOML ({error})", where=path, fix="Restore the file by reinstalling weightkit."
+        ) from error
+    return _Parser(path).manifest(name, data)
+
+
+def _find(name: str) -> Path:
+    known = names()
+    if name in known:  # and so never a path: `../x` is no manifest's name
+        path = _FOLDER / f"{name}.toml"
+        return path if path.is_file() else _FOLDER / name / "manifest.toml"
+    close = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}?" if close else "Use one of these, or give the checkpoint's folder."
+    raise PlanError("no model of this name is known", where=name, expected=f"one of {', '.join(known)}", fix=hint)
+
+
+class _Parser:
+    """Turns one manifest's tables into records, with the file's name in every error."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def manifest(self, name: str, data: Mapping[str, object]) -> Manifest:
+        folder = data.get("checkpoint")
+        return Manifest(
+            name=name,
+            title=self.text(data, "title"),
+            config=self.table(data, "architecture"),
+            expected=self.expectation(self.table(data, "expected")) if "expected" in data else None,
+            hubs=self.hubs(self.table(data, "hubs")) if "hubs" in data else {},
+            path=None if folder is None else self.path.parent / self.text(data, "checkpoint"),
+            files=self.table(data, "files") if "files" in data else {},
+            evaluation=self.table(data, "evaluation") if "evaluation" in data else {},
+        )
+
+    def hubs(self, data: Mapping[str, object]) -> dict[str, Hub]:
+        unknown = sorted(set(data) - set(_HUBS))
+        if unknown:
+            raise self.error("hubs", f"one of {', '.join(_HUBS)}", ", ".join(unknown))
+        tables = {hub: self.table(data, hub) for hub in data}
+        return {hub: Hub(self.text(table, "id"), self.text(table, "revision")) for hub, table in tables.items()}
+
+    def expectation(self, data: Mapping[str, object]) -> Expectation:
+        elements = self.table(data, "elements")
+        return Expectation(
+            tensors=self.count(data, "tensors"),
+            size_bytes=self.count(data, "size_bytes"),
+            elements={dtype: self.count(elements, dtype) for dtype in elements},
+            files=self.count(data, "files") if "files" in data else None,
+        )
+
+    def text(self, data: Mapping[str, object], key: str) -> str:
+        value = data.get(key)
+        if not isinstance(value, str) or not value:
+            raise self.error(key, "a string", value)
+        return value
+
+    def count(self, data: Mapping[str, object], key: str) -> int:
+        value = data.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(key, "a number, at least 0", value)
+        return value
+
+    def table(self, data: Mapping[str, object], key: str) -> Mapping[str, object]:
+        value = data.get(key)
+        if not isinstance(value, dict):
+            raise self.error(key, "a table", value)
+        return value
+
+    def error(self, key: str, expected: str, found: object) -> ConfigError:
+        return ConfigError(
+            f"{key} is not what a manifest has there",
+            where=self.path,
+            expected=expected,
+            found=repr(found),
+            fix=_RESTORE,
+        )
