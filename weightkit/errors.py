@@ -8,7 +8,8 @@
     │   ├── NotACheckpointError     nothing recognisable at a path
     │   ├── MissingFileError        a shard or a rank file that is not there
     │   ├── MissingTensorError      a name that no file holds
-    │   └── ScaleError              an FP8 weight without its scale, or a scale that does not fit
+    │   ├── ScaleError              an FP8 weight without its scale, or a scale that does not fit
+    │   └── Problems                several of any kind, found in one go
     ├── ConfigError                 config.json lacks a field or contradicts itself
     │   └── UnsupportedError        an architecture or layout that weightkit knows it cannot handle
     ├── PlanError                   a request that has no valid result (an illegal --mp, say)
@@ -17,7 +18,6 @@
     │   ├── TargetError             the target is in use, or holds something else
     │   ├── SourceChangedError      a source file is not what the plan was made from
     │   └── Interrupted             stopped by a signal; the next run continues
-    ├── VerifyError                 a checkpoint with problems; carries all of them
     ├── DeviceError                 a device that is absent or cannot do what was asked
     └── GenerationError             text could not be generated
         ├── TokenizerError          no usable tokenizer or chat template
@@ -29,9 +29,12 @@ Each one says what went wrong, where, what was expected and found, and what to d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class WeightkitError(Exception):
-    """Base of all. ``str()`` gives the full message: ``where: what; expected ..., found ...`` and a line with the next step.
+    """Base of all. ``str()`` is the whole message: ``where: what: expected ..., found ...``, and a line with the next
+    step.
 
     Args:
         what: the defect, in one sentence without its place.
@@ -137,10 +140,6 @@ class Interrupted(WriteError):  # noqa: N818 - an interruption is no error of th
     """Stopped by a signal. What was done is kept; the next run continues."""
 
 
-class VerifyError(WeightkitError):
-    """A checkpoint has problems."""
-
-
 class DeviceError(WeightkitError):
     """A device is absent or cannot do what was asked."""
 
@@ -155,3 +154,40 @@ class TokenizerError(GenerationError):
 
 class NonFiniteError(GenerationError):
     """The logits hold NaN or Inf."""
+
+
+class Problems(CheckpointError):  # noqa: N818 - the plural says it
+    """Several defects found in one go.
+
+    Args:
+        what: what they stand in the way of, in one sentence.
+        problems: each an exception of its own, in the order found.
+    """
+
+    SHOWN_A_KIND = 5
+
+    def __init__(
+        self, what: str, problems: Sequence[WeightkitError], *, where: object = None, fix: str | None = None
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        lines = [f"{place}{self.what} ({len(self.problems)} problem{'s' * (len(self.problems) > 1)})."]
+        kinds: dict[type[WeightkitError], list[WeightkitError]] = {}
+        for problem in self.problems:
+            kinds.setdefault(type(problem), []).append(problem)
+        for found in kinds.values():
+            lines += [f"  {problem}".replace("\n", "\n  ") for problem in found[: self.SHOWN_A_KIND]]
+            if len(found) > self.SHOWN_A_KIND:
+                lines.append(f"  ... and {len(found) - self.SHOWN_A_KIND} more of this kind.")
+        return "\n".join([*lines, self.fix] if self.fix else lines)
+
+
+def raise_all(what: str, problems: Sequence[WeightkitError], *, where: object = None, fix: str | None = None) -> None:
+    """Raise nothing for no problems, the problem itself for one, and ``Problems`` for several."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise Problems(what, problems, where=where, fix=fix)

@@ -12,7 +12,7 @@ from weightkit.checkpoint.tensors import Concat, LazyTensor, Narrow, Stored, siz
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """``rows`` runs of ``run_bytes``: run i goes from ``offset + i * stride`` of the file to ``out_offset + i * out_stride``.
+    """``rows`` runs of ``run_bytes``; run i goes from ``offset + i * stride`` to ``out_offset + i * out_stride``.
 
     Offsets and strides are in bytes; a contiguous copy has one row.
     """
@@ -86,7 +86,7 @@ def _skip(copy: Copy, count: int) -> Copy:
 
 
 def _crop(copy: Copy, width: int, start: int, length: int) -> Iterator[Copy]:
-    """What of a copy falls into columns [start, start + length) of rows of ``width`` bytes, placed in rows of ``length``."""
+    """What of a copy falls into columns [start, start + length) of rows of ``width``, placed in rows of ``length``."""
     row, column = divmod(copy.out_offset, width)
     low, high = max(start, column), min(start + length, column + copy.run_bytes)
     if low < high:

@@ -1,8 +1,8 @@
 """The safetensors header: read as untrusted input, and written.
 
-A file is an unsigned 64-bit little-endian length N, N bytes of JSON that begin with ``{`` and may end in spaces, and the data.
-The JSON maps each tensor's name to its dtype, shape and ``data_offsets`` [begin, end) from the start of the data, and
-``__metadata__`` to strings. The tensors tile the data: no holes, no overlaps, nothing after the last.
+A file is an unsigned 64-bit little-endian length N, N bytes of JSON that begin with ``{`` and may end in spaces, and
+the data. The JSON maps each tensor's name to its dtype, shape and ``data_offsets`` [begin, end) from the start of the
+data, and ``__metadata__`` to strings. The tensors tile the data: no holes, no overlaps, nothing after the last.
 Source: https://github.com/huggingface/safetensors#format
 
     HeaderError

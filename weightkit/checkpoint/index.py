@@ -14,7 +14,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """``weight_map`` maps tensor to file name; ``total_size`` is in bytes of tensor data, None where the index lacks it."""
+    """``weight_map`` maps tensor to file name; ``total_size`` is in bytes of data, None where the index lacks it."""
 
     weight_map: Mapping[str, str]
     total_size: int | None

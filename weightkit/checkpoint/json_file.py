@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +21,8 @@ def object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obje
     """``object_pairs_hook`` for ``json.loads`` that refuses duplicate keys."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise DuplicateKeyError(repeated)
+        counts = Counter(key for key, _ in pairs)
+        raise DuplicateKeyError(next(key for key, count in counts.items() if count > 1))
     return result
 
 

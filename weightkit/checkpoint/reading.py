@@ -65,8 +65,9 @@ class Reader:
             self._files.clear()
 
     def read_range(self, path: str, offset: int, out: Bytes) -> None:
-        """Fill ``out`` (contiguous uint8) from byte ``offset`` of a file. Raises ``FormatError`` where the file ends before."""
-        file, done, view = self._open(path), 0, memoryview(out)
+        """Fill ``out`` (contiguous) from byte ``offset`` of a file. Raises ``FormatError`` where the file ends
+        early."""
+        file, done, view = self._open(path), 0, out.data
         while done < len(view):
             count = os.preadv(file, [view[done:]], offset + done)
             if count == 0:
@@ -97,9 +98,10 @@ class Reader:
             for row in range(copy.rows):
                 self.read_range(copy.path, copy.offset + row * copy.stride, rows[row])
 
-    def read(self, tensor: LazyTensor) -> Bytes:
-        """The bytes of a plain tensor."""
-        out = np.empty(size_bytes(tensor), np.uint8)
+    def read(self, tensor: LazyTensor, out: Bytes | None = None) -> Bytes:
+        """The bytes of a plain tensor, read into ``out`` where it is given (flat, of the tensor's size)."""
+        if out is None:
+            out = np.empty(size_bytes(tensor), np.uint8)
         for copy in copies(tensor):
             self.read_copy(copy, out)
         return out

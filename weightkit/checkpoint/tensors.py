@@ -6,10 +6,10 @@
     Dequantized   an FP8 weight times its block scales, in a float dtype
     Cast          another, in another float dtype
 
-``narrow``, ``concat``, ``dequantize`` and ``cast_to`` build them in a normal form, so that equal contents tend to compare equal:
-a narrow along dimension 0 of a stored tensor is a shorter stored tensor; neighbours join again; a dequantized tensor is
-narrowed by narrowing weight and scale. A tensor without Dequantized or Cast inside is *plain*: it is only bytes, and
-``weightkit.checkpoint.copies`` says which.
+``narrow``, ``concat``, ``dequantize`` and ``cast_to`` build them in a normal form, so that equal contents compare
+equal: a narrow along dimension 0 of a stored tensor is a shorter stored tensor; neighbours join again; a dequantized
+tensor is narrowed by narrowing weight and scale. A tensor without Dequantized or Cast inside is *plain*: it is only
+bytes, and ``weightkit.checkpoint.copies`` says which.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from typing import TypeAlias
 
 from weightkit.checkpoint import dtypes
 from weightkit.errors import ScaleError
+
+#: Rows and columns of an FP8 weight that share a scale, in every member of the family.
+FP8_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +72,14 @@ class Concat:
 
 @dataclass(frozen=True, slots=True)
 class Dequantized:
-    """``float32(weight) * scale[row // block, column // block]``, rounded once to ``dtype``.
+    """``float32(weight) * scale[row // 128, column // 128]``, rounded once to ``dtype``.
 
-    ``weight`` is F8_E4M3 [rows, columns]; ``scale`` is F32 [ceil(rows / block), ceil(columns / block)].
+    ``weight`` is F8_E4M3 [rows, columns]; ``scale`` is F32 [ceil(rows / 128), ceil(columns / 128)].
     """
 
     weight: LazyTensor
     scale: LazyTensor
     dtype: str
-    block: int = 128
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,15 +160,15 @@ def narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
 
 def _narrow_dequantized(tensor: Dequantized, dim: int, start: int, length: int) -> LazyTensor:
     """Whole blocks by narrowing weight and scale; what begins inside a block is cut from the blocks that cover it."""
-    block, size = tensor.block, tensor.shape[dim]
-    low, high = start // block * block, start + length
+    size = tensor.shape[dim]
+    low, high = start // FP8_BLOCK * FP8_BLOCK, start + length
     if low != start:
-        high = min(-(-high // block) * block, size)
+        high = min(-(-high // FP8_BLOCK) * FP8_BLOCK, size)
     if (low, high) == (0, size):
         return Narrow(tensor, dim, start, length)
-    blocks = -(-high // block) - low // block
-    weight, scale = narrow(tensor.weight, dim, low, high - low), narrow(tensor.scale, dim, low // block, blocks)
-    covering = Dequantized(weight, scale, tensor.dtype, block)
+    blocks = -(-high // FP8_BLOCK) - low // FP8_BLOCK
+    weight, scale = narrow(tensor.weight, dim, low, high - low), narrow(tensor.scale, dim, low // FP8_BLOCK, blocks)
+    covering = Dequantized(weight, scale, tensor.dtype)
     return covering if low == start else Narrow(covering, dim, start - low, length)
 
 
@@ -215,19 +217,17 @@ def _join(left: LazyTensor, right: LazyTensor, dim: int) -> LazyTensor | None:
             left.source == right.source and left.dim == right.dim == dim and left.start + left.length == right.start
         ):
             return narrow(left.source, dim, left.start, left.length + right.length)
-        case Dequantized(), Dequantized() if (
-            left.dtype == right.dtype and left.block == right.block and left.shape[dim] % left.block == 0
-        ):
+        case Dequantized(), Dequantized() if left.dtype == right.dtype and left.shape[dim] % FP8_BLOCK == 0:
             weight = concat([left.weight, right.weight], dim)
-            return Dequantized(weight, concat([left.scale, right.scale], dim), left.dtype, left.block)
+            return Dequantized(weight, concat([left.scale, right.scale], dim), left.dtype)
         case Cast(), Cast() if left.dtype == right.dtype and left.source.dtype == right.source.dtype:
             return Cast(concat([left.source, right.source], dim), left.dtype)
     return None
 
 
-def dequantize(weight: LazyTensor, scale: LazyTensor, dtype: str, block: int, *, name: str) -> LazyTensor:
+def dequantize(weight: LazyTensor, scale: LazyTensor, dtype: str, *, name: str) -> LazyTensor:
     """The weight in ``dtype``. Raises ``ScaleError``, naming the weight ``name``, where the scale does not fit it."""
-    expected = tuple(-(-size // block) for size in weight.shape)
+    expected = tuple(-(-size // FP8_BLOCK) for size in weight.shape)
     if len(weight.shape) != 2 or scale.dtype != "F32" or scale.shape != expected:
         raise ScaleError(
             f"the scale does not fit the weight {list(weight.shape)}",
@@ -235,7 +235,7 @@ def dequantize(weight: LazyTensor, scale: LazyTensor, dtype: str, block: int, *,
             expected=f"F32 {list(expected)}",
             found=f"{scale.dtype} {list(scale.shape)}",
         )
-    return Dequantized(weight, scale, dtype, block)
+    return Dequantized(weight, scale, dtype)
 
 
 def cast_to(tensor: LazyTensor, dtype: str) -> LazyTensor:

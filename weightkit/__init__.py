@@ -1,0 +1,62 @@
+"""weightkit: one tool for very large open-weight checkpoints.
+
+A checkpoint is an ordered mapping from names to lazy tensors, a transform is a function from one checkpoint to
+another, and one writer turns the result into files:
+
+    import weightkit as wk
+
+    checkpoint = wk.open_checkpoint("weights/deepseek-v3/fp8")
+    wk.write(wk.shard(wk.cast(wk.strip_mtp(checkpoint), "bf16"), mp=16), "weights/deepseek-v3/bf16-mp16")
+
+Importing this imports no torch; what needs it imports it when called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+#: Public name to the module that defines it.
+_HOMES = {
+    "Checkpoint": "weightkit.checkpoint",
+    "WeightkitError": "weightkit.errors",
+    "cast": "weightkit.transforms",
+    "keep_experts": "weightkit.transforms",
+    "merge": "weightkit.transforms",
+    "open_checkpoint": "weightkit.layouts",
+    "shard": "weightkit.transforms",
+    "strip_mtp": "weightkit.transforms",
+    "write": "weightkit.writer",
+}
+
+if TYPE_CHECKING:
+    from weightkit.checkpoint import Checkpoint
+    from weightkit.errors import WeightkitError
+    from weightkit.layouts import open_checkpoint
+    from weightkit.transforms import cast, keep_experts, merge, shard, strip_mtp
+    from weightkit.writer import write
+
+__all__ = [
+    "Checkpoint",
+    "WeightkitError",
+    "cast",
+    "keep_experts",
+    "merge",
+    "open_checkpoint",
+    "shard",
+    "strip_mtp",
+    "write",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

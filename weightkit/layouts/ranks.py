@@ -1,0 +1,183 @@
+"""One file a rank, under the names of DeepSeek's inference demo: ``model{rank}-mp{N}.safetensors``.
+
+Expert-parallel files, ``model{rank}-ep{N}.safetensors``, hold a share of the routed experts each and everything else
+whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from weightkit.checkpoint import Checkpoint, Header
+from weightkit.checkpoint.checkpoint import stored_tensors
+from weightkit.checkpoint.folder import SideFile, side_files
+from weightkit.checkpoint.json_file import json_bytes
+from weightkit.checkpoint.tensors import LazyTensor, Stored, concat, narrow
+from weightkit.errors import CheckpointError, MissingTensorError, WeightkitError, raise_all
+from weightkit.family import (
+    Architecture,
+    Expected,
+    blueprint,
+    demo_arguments,
+    expert_ranges,
+    require_mp,
+    to_demo,
+    to_published,
+)
+from weightkit.layouts.fileset import FileSet, file_set
+from weightkit.layouts.scan import scan_files
+
+#: The demo's own arguments, for its ``--config``.
+DEMO_CONFIG_NAME = "demo_config.json"
+_RANK_FILE = re.compile(r"model(?P<rank>0|[1-9]\d*)-(?P<kind>mp|ep)(?P<count>[1-9]\d*)\.safetensors")
+
+
+class RankSet(NamedTuple):
+    """``kind`` is ``mp`` or ``ep``; ``size`` is the number of ranks."""
+
+    kind: str
+    size: int
+
+    def name(self, rank: int) -> str:
+        return f"model{rank}-{self.kind}{self.size}.safetensors"
+
+    def names(self) -> list[str]:
+        return [self.name(rank) for rank in range(self.size)]
+
+
+def rank_sets(folder: Path) -> list[RankSet]:
+    """The sets of rank files of which the folder holds at least one."""
+    matches = (_RANK_FILE.fullmatch(path.name) for path in folder.iterdir())
+    return sorted({RankSet(match["kind"], int(match["count"])) for match in matches if match})
+
+
+def open_ranks(folder: Path, config: Mapping[str, object]) -> Checkpoint:
+    """Open rank files as one checkpoint: split tensors joined, experts gathered, replicas taken from rank 0.
+
+    Raises:
+        MissingFileError: a rank's file is not there.
+        CheckpointError: files of several degrees lie together, or the ranks do not fit together; all problems at once.
+    """
+    sets = rank_sets(folder)
+    if len(sets) != 1:
+        raise CheckpointError(
+            "rank files of several degrees in one folder",
+            where=folder,
+            found=", ".join(ranks.name(0) for ranks in sets),
+        )
+    scan = scan_files(folder, sets[0].names())
+    raise_all(
+        "not a whole set of ranks", scan.problems, where=folder, fix="Write the set again, or copy what is missing."
+    )
+    expected = blueprint(Architecture.from_config(config, where=str(folder / "config.json")))
+    tensors, problems = gather(folder, [scan.headers[name] for name in sets[0].names()], sets[0], expected)
+    raise_all("the ranks do not fit together", problems, where=folder)
+    ordered = {name: tensors[name] for name in expected if name in tensors}
+    layout = f"{sets[0].size} {sets[0].kind} ranks"
+    return Checkpoint(folder, layout, ordered, config, _side_files(folder), {}, scan.stamps)
+
+
+def _side_files(folder: Path) -> dict[str, SideFile]:
+    return {name: file for name, file in side_files(folder).items() if name != DEMO_CONFIG_NAME}
+
+
+def gather(
+    folder: Path, headers: list[Header], ranks: RankSet, expected: Mapping[str, Expected]
+) -> tuple[dict[str, LazyTensor], list[WeightkitError]]:
+    """Published name to tensor, and what keeps others from being gathered."""
+    held: dict[str, dict[int, Stored]] = {}
+    for rank, header in enumerate(headers):
+        for name, tensor in stored_tensors(folder / ranks.name(rank), header).items():
+            held.setdefault(name, {})[rank] = tensor
+    tensors: dict[str, LazyTensor] = {}
+    problems: list[WeightkitError] = []
+    for demo_name, parts in held.items():
+        try:
+            name = to_published(demo_name)
+            if name not in expected:
+                raise CheckpointError("a tensor that the config does not call for", where=f"{folder}: {demo_name}")
+            tensors[name] = _join(name, parts, ranks.size, expected[name])
+        except WeightkitError as problem:
+            problems.append(problem)
+    return tensors, problems
+
+
+def _join(name: str, parts: Mapping[int, Stored], ranks: int, expected: Expected) -> LazyTensor:
+    if expected.expert is not None and len(parts) == 1:
+        return next(iter(parts.values()))
+    missing = [rank for rank in range(ranks) if rank not in parts]
+    if missing:
+        raise MissingTensorError(
+            f"{name}: not on every rank", expected=f"on {ranks} ranks", found=f"not on {missing[:8]}"
+        )
+    ordered = [parts[rank] for rank in range(ranks)]
+    if all(part.shape == expected.shape for part in ordered):
+        return ordered[0]
+    if expected.split_dim is not None:
+        try:
+            joined = concat(ordered, expected.split_dim)
+        except ValueError as exc:
+            raise CheckpointError(f"{name}: its parts do not join ({exc})") from exc
+        if joined.shape == expected.shape:
+            return joined
+    shapes = sorted({str(list(part.shape)) for part in ordered})
+    raise CheckpointError(f"{name}: wrong shape on the ranks", expected=list(expected.shape), found=", ".join(shapes))
+
+
+def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
+    """The checkpoint as ``mp`` model-parallel ranks. MTP layers must have been stripped.
+
+    Raises ``PlanError`` where the degree does not divide it, with the legal ones.
+    """
+    arch = Architecture.from_config(checkpoint.config)
+    require_mp(arch, mp, fp8="F8_E4M3" in checkpoint.dtypes)
+    owners = {expert: rank for rank, owned in enumerate(expert_ranges(arch.n_routed_experts, mp)) for expert in owned}
+
+    def share(tensor: LazyTensor, expected: Expected, rank: int) -> LazyTensor | None:
+        if expected.expert is not None:
+            return tensor if owners[expected.expert] == rank else None
+        if expected.split_dim is None:
+            return tensor
+        length = tensor.shape[expected.split_dim] // mp
+        return narrow(tensor, expected.split_dim, rank * length, length)
+
+    return _lay_out(checkpoint, arch, RankSet("mp", mp), share)
+
+
+def lay_out_expert_ranks(checkpoint: Checkpoint, ep: int) -> FileSet:
+    """The routed experts over ``ep`` ranks, as evenly as they divide; everything else whole on each."""
+    arch = Architecture.from_config(checkpoint.config)
+    owners = {expert: rank for rank, owned in enumerate(expert_ranges(arch.n_routed_experts, ep)) for expert in owned}
+
+    def share(tensor: LazyTensor, expected: Expected, rank: int) -> LazyTensor | None:
+        return tensor if expected.expert is None or owners[expected.expert] == rank else None
+
+    return _lay_out(checkpoint, arch, RankSet("ep", ep), share)
+
+
+Share = Callable[[LazyTensor, Expected, int], LazyTensor | None]
+
+
+def _lay_out(checkpoint: Checkpoint, arch: Architecture, ranks: RankSet, share: Share) -> FileSet:
+    """A file for each rank, tensors in the checkpoint's order, which reads each source file from front to back."""
+    expected = blueprint(arch)
+    unknown = [name for name in checkpoint.tensors if name not in expected or expected[name].mtp]
+    raise_all(
+        "tensors that have no place in rank files",
+        [CheckpointError("an MTP layer's, or not one that the config calls for", where=name) for name in unknown],
+        where=checkpoint.root,
+        fix="weightkit strip takes the MTP layers out.",
+    )
+    # what follows from the config (a stored inv_freq) stays behind: the demo's loader is strict
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not expected[name].optional}
+    files: dict[str, dict[str, LazyTensor]] = {}
+    for rank in range(ranks.size):
+        shares = ((name, share(tensor, expected[name], rank)) for name, tensor in kept.items())
+        files[ranks.name(rank)] = {to_demo(name): tensor for name, tensor in shares if tensor is not None}
+    dtype: Literal["fp8", "bf16"] = "fp8" if "F8_E4M3" in checkpoint.dtypes else "bf16"
+    return file_set(
+        checkpoint, files, index=False, extra={DEMO_CONFIG_NAME: json_bytes(demo_arguments(arch, dtype=dtype))}
+    )

@@ -1,0 +1,73 @@
+"""Float weights in another dtype: FP8 with its block scales becomes BF16, F16 or F32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from weightkit.checkpoint import Checkpoint
+from weightkit.checkpoint.dtypes import FLOAT_DTYPES
+from weightkit.checkpoint.tensors import LazyTensor, cast_to, dequantize
+from weightkit.errors import PlanError, ScaleError, UnsupportedError, WeightkitError, raise_all
+from weightkit.transforms.declare import declare_dtype
+
+SCALE_SUFFIX = "_scale_inv"
+#: Changed by a cast. F32 is not: what the hubs publish in F32 (router biases) is meant to stay so.
+WEIGHT_DTYPES = frozenset(("BF16", "F16"))
+#: Never touched: indices and counters.
+KEPT_DTYPES = frozenset(("F32", "I32", "I64", "U8", "BOOL"))
+
+
+def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
+    """The checkpoint with its weights in ``to``: ``bf16``, ``f16`` or ``f32``.
+
+    An FP8 weight becomes ``float32(weight) * scale_inv`` rounded once to nearest even, and its scale tensor goes. BF16
+    and F16 weights are cast. F32 tensors stay F32. The config then declares what the tensors are.
+
+    Raises:
+        PlanError: an unknown dtype.
+        ScaleError: an FP8 weight without a scale, a scale without a weight, or one that does not fit; all of them at
+            once.
+        UnsupportedError: a dtype that no cast is defined for, such as packed FP4 in I8.
+    """
+    if to not in FLOAT_DTYPES:
+        raise PlanError("unknown dtype", where="--to", expected=", ".join(FLOAT_DTYPES), found=repr(to))
+    dtype = FLOAT_DTYPES[to]
+    tensors: dict[str, LazyTensor] = {}
+    problems: list[WeightkitError] = []
+    for name, tensor in checkpoint.tensors.items():
+        if is_scale(name, checkpoint.tensors):
+            continue
+        try:
+            tensors[name] = _cast_tensor(name, tensor, checkpoint.tensors, dtype)
+        except WeightkitError as problem:
+            problems.append(problem)
+    raise_all(f"cannot be cast to {to}", problems, where=checkpoint.root)
+    return replace(checkpoint, tensors=tensors, config=declare_dtype(checkpoint.config, dtype))
+
+
+def is_scale(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether ``name`` is the block scale of an FP8 weight among ``tensors``."""
+    weight = tensors.get(name.removesuffix(SCALE_SUFFIX)) if name.endswith(SCALE_SUFFIX) else None
+    return weight is not None and weight.dtype == "F8_E4M3"
+
+
+def _cast_tensor(name: str, tensor: LazyTensor, tensors: Mapping[str, LazyTensor], dtype: str) -> LazyTensor:
+    if tensor.dtype == "F8_E4M3":
+        scale = tensors.get(name + SCALE_SUFFIX)
+        if scale is None:
+            raise ScaleError(
+                "an FP8 weight without its scale", where=name, expected=name + SCALE_SUFFIX, found="no such tensor"
+            )
+        return dequantize(tensor, scale, dtype, name=name)
+    if name.endswith(SCALE_SUFFIX):
+        raise ScaleError(
+            "a scale without an FP8 weight", where=name, expected=f"F8_E4M3 {name.removesuffix(SCALE_SUFFIX)}"
+        )
+    if tensor.dtype in WEIGHT_DTYPES:
+        return cast_to(tensor, dtype)
+    if tensor.dtype in KEPT_DTYPES:
+        return tensor
+    raise UnsupportedError(
+        "no cast is defined for this dtype", where=name, expected="F8_E4M3, BF16, F16 or F32", found=tensor.dtype
+    )

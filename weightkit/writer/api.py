@@ -1,0 +1,38 @@
+"""Plan and execute in one call, for notebooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightkit.checkpoint import Checkpoint
+from weightkit.compute import choose_engine
+from weightkit.compute.engines import DeviceName
+from weightkit.layouts import FileSet, lay_out_published
+from weightkit.writer.execute import Written, execute
+from weightkit.writer.plan import make_plan
+
+
+def write(
+    what: Checkpoint | FileSet,
+    target: str | Path,
+    *,
+    jobs: int | None = None,
+    device: DeviceName = "auto",
+    progress: bool = True,
+    force: bool = False,
+) -> Written:
+    """Write a checkpoint (in the published layout) or a file set (``shard``'s result) into the folder ``target``.
+
+    Args:
+        what: from ``open_checkpoint`` and any transforms.
+        target: a folder; made where it is not there. A stopped write into it is continued.
+        jobs: files in work at once.
+        device: where FP8 is dequantized: ``auto``, ``cuda`` or ``cpu``. The bits do not depend on it.
+        progress: show a bar.
+        force: replace what an earlier write left in the target.
+
+    Raises: as ``execute`` and ``make_plan``.
+    """
+    plan = make_plan(lay_out_published(what) if isinstance(what, Checkpoint) else what, target)
+    engine = choose_engine(device) if plan.computed_tensors else None
+    return execute(plan, jobs=jobs, engine=engine, progress=progress, force=force)

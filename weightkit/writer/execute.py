@@ -1,0 +1,348 @@
+"""Carry out a plan: a worker owns an output file and fills it from front to back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from weightkit.checkpoint import Reader, read_header
+from weightkit.checkpoint.copies import Copy, copies
+from weightkit.checkpoint.folder import LOCK_NAME
+from weightkit.checkpoint.index import INDEX_NAME
+from weightkit.checkpoint.lock import Lock, LockedFile
+from weightkit.checkpoint.reading import Bytes
+from weightkit.checkpoint.tensors import LazyTensor, is_plain, size_bytes
+from weightkit.compute import CpuEngine, Engine, evaluate, strips
+from weightkit.errors import Interrupted, WriteError
+from weightkit.writer.journal import Journal, Progress, sync_folder
+from weightkit.writer.plan import Plan, PlannedFile
+from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, AppendStream
+from weightkit.writer.target import PARTIAL, clear_target, inspect_target, only_writer, require_space
+
+#: Largest piece that is evaluated at once; bounds the memory of a worker.
+STRIP_BYTES = 16 << 20
+#: A file's progress is made durable this often; a stop by kill -9 loses at most so much of each file in work.
+DURABLE_EVERY_BYTES = 1 << 30
+MAX_JOBS = 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a write did.
+
+    Attributes:
+        target: the folder.
+        files: number of weight files in it.
+        size_bytes: their bytes.
+        written_bytes: those of them that this run wrote; the rest was there from an earlier run.
+        read_bytes: bytes read from the source.
+        wall_s: seconds.
+    """
+
+    target: Path
+    files: int
+    size_bytes: int
+    written_bytes: int
+    read_bytes: int
+    wall_s: float
+
+
+def default_jobs() -> int:
+    """Workers where the user names no number: the usable cores, at most 8."""
+    return min(MAX_JOBS, len(os.sched_getaffinity(0)))
+
+
+def peak_memory_bytes(plan: Plan, jobs: int) -> int:
+    """The most that the workers' buffers take, beyond what Python and its libraries do."""
+    a_strip = 3 * max(STRIP_BYTES, _largest_strip(plan)) if plan.computed_tensors else STRIP_BYTES
+    return min(jobs, len(plan.files)) * (BUFFERS * BUFFER_BYTES + a_strip)
+
+
+def _largest_strip(plan: Plan) -> int:
+    rows = (
+        size_bytes(tensor) // tensor.shape[0]
+        for file in plan.files
+        for tensor in file.tensors.values()
+        if tensor.shape and tensor.shape[0]
+    )
+    return max(rows, default=0) * 128
+
+
+def execute(
+    plan: Plan, *, jobs: int | None = None, engine: Engine | None = None, progress: bool = True, force: bool = False
+) -> Written:
+    """Write the plan's files. A run that was stopped is continued; one that was finished is left alone.
+
+    Args:
+        plan: from ``make_plan``.
+        jobs: files in work at once; default ``default_jobs()``.
+        engine: where tensors are computed; default the CPU.
+        progress: show a bar.
+        force: replace what an earlier write left in the target.
+
+    Raises:
+        TargetError, SpaceError: before anything is written.
+        SourceChangedError, FormatError: a source file is not what it was, or ends early.
+        Interrupted: by Ctrl-C; the next run continues.
+    """
+    started = time.monotonic()
+    state = inspect_target(plan, force=force)
+    if state.complete:
+        return Written(plan.target, len(plan.files), plan.bytes_written, 0, 0, time.monotonic() - started)
+    require_space(plan, {} if force else state.files)
+    plan.target.mkdir(parents=True, exist_ok=True)
+    with only_writer(plan.target):
+        if force:
+            clear_target(plan.target)
+        with Reader(plan.stamps) as reader, _Bar(plan, progress) as bar:
+            run = _Run(plan, reader, engine or CpuEngine(), bar, dict(state.files))
+            run.write_files(jobs or default_jobs())
+            run.seal()
+    return Written(
+        plan.target,
+        len(plan.files),
+        plan.bytes_written,
+        run.written_bytes,
+        reader.bytes_read,
+        time.monotonic() - started,
+    )
+
+
+class _Bar:
+    """Bytes, rate and time left; a line every now and then where the output is no terminal."""
+
+    def __init__(self, plan: Plan, shown: bool) -> None:
+        self._bar = tqdm(
+            total=plan.bytes_written,
+            unit="B",
+            unit_scale=True,
+            desc=plan.target.name,
+            disable=not shown,
+            smoothing=0.05,
+        )
+        self._files, self._done = len(plan.files), 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._bar.update(count)
+
+    def file_done(self) -> None:
+        with self._lock:
+            self._done += 1
+            self._bar.set_postfix_str(f"{self._done}/{self._files} files")
+
+
+class _Run:
+    """One execution: what its workers share."""
+
+    def __init__(self, plan: Plan, reader: Reader, engine: Engine, bar: _Bar, history: dict[str, Progress]) -> None:
+        self.plan, self.reader, self.engine, self.bar = plan, reader, engine, bar
+        self.history = history
+        self.written_bytes = 0
+        self.stop = threading.Event()
+        sources = {Path(path).name: stamp for path, stamp in plan.stamps.items()}
+        self.journal = Journal(plan.target, plan.hash, sources)
+
+    def write_files(self, jobs: int) -> None:
+        """All files, ``jobs`` at once. The first failure stops the others at their next buffer."""
+        with ThreadPoolExecutor(jobs, thread_name_prefix="weightkit") as pool:
+            futures = [pool.submit(self.write_file, file) for file in self.plan.files]
+            try:
+                _wait_for(futures)
+            except KeyboardInterrupt as exc:
+                raise Interrupted("stopped; what was written is kept", where=self.plan.target, fix=CONTINUE) from exc
+            finally:
+                self.stop.set()
+                for future in futures:
+                    future.cancel()
+
+    def write_file(self, file: PlannedFile) -> None:
+        """One file: to its partial name, synced, checked, renamed, journalled."""
+        final, partial = self.plan.target / file.name, self.plan.target / (file.name + PARTIAL)
+        before = self.history.get(file.name)
+        if before is not None and before.done and final.exists() and final.stat().st_size == file.size_bytes:
+            self.bar.add(file.size_bytes)
+            self.bar.file_done()
+            return
+        start, digest = self._durable_prefix(partial, before)
+        self.bar.add(start)
+        stream = AppendStream(partial, file.size_bytes, resume_at=start, digest=digest)
+        try:
+            self._fill(stream, file)
+            sha256 = stream.finish()
+        except BaseException:
+            self._keep(stream, file)
+            raise
+        _require_as_planned(partial, file)
+        partial.rename(final)
+        sync_folder(self.plan.target)
+        self._record(file, Progress(file.size_bytes, sha256, done=True))
+        self.bar.file_done()
+
+    def _durable_prefix(self, partial: Path, before: Progress | None) -> tuple[int, hashlib._Hash | None]:
+        """How much of a partial file can be trusted: what the journal vouches for and still hashes as it says."""
+        if before is None or before.done or not partial.exists() or partial.stat().st_size < before.bytes:
+            return 0, None
+        digest, left = hashlib.sha256(), before.bytes
+        with partial.open("rb", buffering=0) as file:
+            while left and (block := file.read(min(left, BUFFER_BYTES))):
+                self._check_stop()
+                digest.update(block)
+                left -= len(block)
+        return (before.bytes, digest) if not left and digest.hexdigest() == before.sha256 else (0, None)
+
+    def _fill(self, stream: AppendStream, file: PlannedFile) -> None:
+        durable = stream.position
+        stream.append(_as_bytes(file.header))
+        for piece in _pieces(file.tensors.values()):
+            count = piece.run_bytes if isinstance(piece, Copy) else size_bytes(piece)
+            if stream.skip(count):
+                continue
+            if isinstance(piece, Copy):
+                self._copy(stream, piece)
+            else:
+                for strip in strips(piece, STRIP_BYTES):
+                    if not stream.skip(size_bytes(strip)):
+                        self._check_stop()
+                        self._append(stream, evaluate(strip, self.reader, self.engine))
+            if stream.position - durable >= DURABLE_EVERY_BYTES:
+                durable = stream.position
+                self._record(file, Progress(*stream.make_durable()))
+
+    def _copy(self, stream: AppendStream, copy: Copy) -> None:
+        def read_into(start: int, out: Bytes) -> None:
+            self._check_stop()
+            self.reader.read_range(copy.path, copy.offset + start, out)
+            self._count(len(out))
+
+        stream.fill(copy.run_bytes, read_into)
+
+    def _append(self, stream: AppendStream, data: Bytes) -> None:
+        before = stream.position
+        stream.append(data)
+        self._count(stream.position - before)
+
+    def _count(self, count: int) -> None:
+        self.written_bytes += count
+        self.bar.add(count)
+
+    def _keep(self, stream: AppendStream, file: PlannedFile) -> None:
+        """After a failure: journal what is safe, so that the next run continues there."""
+        try:
+            progress = Progress(*stream.make_durable())
+            if progress.bytes:
+                self._record(file, progress)
+        except (OSError, WriteError):
+            pass  # the disk that failed may fail again; the last durable line still holds
+        finally:
+            stream.close()
+
+    def _record(self, file: PlannedFile, progress: Progress) -> None:
+        self.journal.record(file.name, progress)
+        self.history[file.name] = progress
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Interrupted("stopped", where=self.plan.target)
+
+    def seal(self) -> None:
+        """Side files, lock and, last, the index: the mark that the target is complete."""
+        target = self.plan.target
+        locked = {file.name: LockedFile(file.size_bytes, self.history[file.name].sha256) for file in self.plan.files}
+        sides = {name: file.read() for name, file in self.plan.side_files.items()}
+        locked |= {
+            name: LockedFile(len(content), hashlib.sha256(content).hexdigest()) for name, content in sides.items()
+        }
+        index = sides.pop(INDEX_NAME, None)
+        for name, content in sides.items():
+            write_durably(target / name, content)
+        write_durably(target / LOCK_NAME, Lock(locked, {"plan": self.plan.hash, "source": self.plan.root}).to_bytes())
+        if index is not None:
+            write_durably(target / INDEX_NAME, index)
+        self.journal.remove()
+
+
+CONTINUE = "Run the same command again: it continues where it stopped."
+
+
+def _wait_for(futures: list[Future[None]]) -> None:
+    """Return when all are done; raise the first failure. Wakes often, so that Ctrl-C is seen."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+
+
+def _pieces(tensors: Iterable[LazyTensor]) -> Iterator[Copy | LazyTensor]:
+    """The file's content in order: contiguous byte ranges, neighbours joined, and tensors that have to be assembled."""
+    last: Copy | None = None
+    for tensor in tensors:
+        runs = copies(tensor) if is_plain(tensor) else None
+        if runs is None or any(run.rows > 1 for run in runs) or not _in_order(runs):
+            if last is not None:
+                yield last
+                last = None
+            yield tensor
+            continue
+        for run in runs:
+            if last is not None and last.path == run.path and last.offset + last.run_bytes == run.offset:
+                last = Copy(last.path, last.offset, 0, 0, 0, last.run_bytes + run.run_bytes)
+                continue
+            if last is not None:
+                yield last
+            last = run
+    if last is not None:
+        yield last
+
+
+def _in_order(runs: tuple[Copy, ...]) -> bool:
+    position = 0
+    for run in runs:
+        if run.out_offset != position:
+            return False
+        position += run.run_bytes
+    return True
+
+
+def _require_as_planned(path: Path, file: PlannedFile) -> None:
+    """Read the header of what was written, and hold it against the plan."""
+    header = read_header(path)
+    written = [(entry.name, entry.dtype, entry.shape) for entry in header.entries if entry.end > entry.begin]
+    planned = [(name, tensor.dtype, tensor.shape) for name, tensor in file.tensors.items() if size_bytes(tensor)]
+    if written != planned or header.file_size != file.size_bytes:
+        raise WriteError(
+            "the file that was written is not what was planned", where=path, fix="Report this, with the command."
+        )
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """A small file: under a partial name, synced, renamed; with the umask's mode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
+def _as_bytes(content: bytes) -> Bytes:
+    return np.frombuffer(content, np.uint8)

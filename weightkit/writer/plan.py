@@ -1,0 +1,161 @@
+"""The plan of a write, as data: it prints, it hashes, it can be executed elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from weightkit.checkpoint import build_header
+from weightkit.checkpoint.folder import SideFile
+from weightkit.checkpoint.index import INDEX_NAME, index_bytes, is_file_name
+from weightkit.checkpoint.reading import Stamp
+from weightkit.checkpoint.tensors import (
+    Cast,
+    Concat,
+    Dequantized,
+    LazyTensor,
+    Narrow,
+    Stored,
+    is_plain,
+    size_bytes,
+    stored_parts,
+)
+from weightkit.errors import PlanError, TargetError
+from weightkit.layouts import FileSet
+
+#: Loaders (transformers among them) refuse files without it.
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One output file: ``header`` and then the tensors in order."""
+
+    name: str
+    tensors: Mapping[str, LazyTensor]
+    header: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written where, from which bytes.
+
+    Attributes:
+        target: the folder to fill.
+        files: the weight files.
+        side_files: relative path to small file, the index among them where the layout has one.
+        stamps: size and modification time of every source file.
+        root: the source's folder or file.
+    """
+
+    target: Path
+    files: tuple[PlannedFile, ...]
+    side_files: Mapping[str, SideFile]
+    stamps: Mapping[str, Stamp]
+    root: str
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.size_bytes for file in self.files)
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes of source tensors that the outputs are made from, counted once for each output that needs them."""
+        return sum(
+            size_bytes(part) for file in self.files for tensor in file.tensors.values() for part in stored_parts(tensor)
+        )
+
+    @property
+    def computed_tensors(self) -> int:
+        """How many tensors are converted; the rest is copied."""
+        return sum(not is_plain(tensor) for file in self.files for tensor in file.tensors.values())
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the outputs hold."""
+        return sum(len(file.tensors) for file in self.files)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over outputs and sources: equal plans write equal bytes. The target's place is no part of it."""
+        digest = hashlib.sha256()
+        for line in self._lines():
+            digest.update(json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _lines(self) -> list[object]:
+        paths = {path: str(number) for number, path in enumerate(self.stamps)}
+        sources = [[Path(path).name, stamp.size_bytes, stamp.mtime_ns] for path, stamp in self.stamps.items()]
+        sides = {name: hashlib.sha256(file.read()).hexdigest() for name, file in sorted(self.side_files.items())}
+        lines: list[object] = [["weightkit plan", 1], sources, sides]
+        for file in self.files:
+            described = [[name, describe(tensor, paths)] for name, tensor in file.tensors.items()]
+            lines.append([file.name, hashlib.sha256(file.header).hexdigest(), described])
+        return lines
+
+
+def describe(tensor: LazyTensor, paths: Mapping[str, str]) -> list[object]:
+    """A tensor as nested lists, files under the names that ``paths`` gives them."""
+    match tensor:
+        case Stored(path, offset, dtype, shape):
+            return ["stored", paths.get(path, path), offset, dtype, list(shape)]
+        case Narrow(source, dim, start, length):
+            return ["narrow", describe(source, paths), dim, start, length]
+        case Concat(parts, dim):
+            return ["concat", [describe(part, paths) for part in parts], dim]
+        case Dequantized(weight, scale, dtype):
+            return ["dequantized", describe(weight, paths), describe(scale, paths), dtype]
+        case Cast(source, dtype):
+            return ["cast", describe(source, paths), dtype]
+
+
+def make_plan(files: FileSet, target: str | Path) -> Plan:
+    """Plan to write a file set into ``target``. Reads nothing but side files.
+
+    Raises:
+        PlanError: nothing to write, or a file name that leaves the target.
+        TargetError: the target is the source, or one lies inside the other.
+    """
+    target = Path(target)
+    _require_apart(target, Path(files.root))
+    bad = [name for name in files.files if not is_file_name(name)] + [
+        name for name in files.side_files if not _is_relative(name)
+    ]
+    if bad or not files.files:
+        raise PlanError(
+            "file names that cannot be written" if bad else "there is nothing to write", found=", ".join(bad) or None
+        )
+    planned = tuple(_planned_file(name, tensors) for name, tensors in files.files.items())
+    sides = dict(files.side_files)
+    if files.index:
+        weight_map = {name: file.name for file in planned for name in file.tensors}
+        total = sum(file.size_bytes - len(file.header) for file in planned)
+        sides[INDEX_NAME] = SideFile(content=index_bytes(weight_map, total))
+    return Plan(target, planned, sides, files.stamps, files.root)
+
+
+def _planned_file(name: str, tensors: Mapping[str, LazyTensor]) -> PlannedFile:
+    header = build_header(((key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()), METADATA)
+    return PlannedFile(name, tensors, header, len(header) + sum(map(size_bytes, tensors.values())))
+
+
+def _require_apart(target: Path, root: Path) -> None:
+    source = (root if root.is_dir() else root.parent).resolve()
+    resolved = target.resolve()
+    if resolved == source or source in resolved.parents or resolved in source.parents:
+        raise TargetError(
+            "target and source must be two folders, neither inside the other",
+            where=target,
+            found=f"source {source}",
+            fix="Name another target.",
+        )
+
+
+def _is_relative(name: str) -> bool:
+    return all(is_file_name(part) for part in name.split("/"))
