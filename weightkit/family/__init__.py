@@ -23,7 +23,7 @@ from weightkit.family.degrees import (
     require_mp,
 )
 from weightkit.family.demo import DEMO_DTYPES, demo_arguments, demo_limits, in_demo
-from weightkit.family.names import to_demo, to_published
+from weightkit.family.names import rename_expert, to_demo, to_published
 
 __all__ = [
     "DEMO_DTYPES",
@@ -49,6 +49,7 @@ __all__ = [
     "legal_mp",
     "mp_problems",
     "outer_records",
+    "rename_expert",
     "require_mp",
     "to_demo",
     "to_published",

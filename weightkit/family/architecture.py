@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from weightkit.errors import ConfigError, UnsupportedError
 
 FP8_BLOCK_SIZE = (128, 128)
 """Rows and columns of a weight that share one scale, in every published FP8 member."""
-
-ScoringFunc = Literal["softmax", "sigmoid"]
-TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
 """The JSON that DeepSeek's inference demo reads, and what the demo cannot run.
 
 Source of the argument names: ``ModelArgs`` in ``inference/model.py`` of DeepSeek-V3's repository. The demo hands the
-JSON's keys to that class, so a key it does not have is a crash: only its names are written here.
+JSON's keys to that class, so a key it does not have is a crash: only its names are written here. DeepSeek-V3.2 has a
+demo of its own, with three arguments more (``inference/config_671B_v3.2.json`` there); only checkpoints with an indexer
+get those.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ _CACHE_LENGTH = 4096 * 4
 _BIAS_WIDTH = 7168
 """The demo's router has a bias only where ``dim`` is this."""
 _RMS_NORM_EPS = 1e-6
-_LEFT_OUT = (Role.ROTARY, Role.INDEXER)
 
 
 def demo_arguments(arch: Architecture, *, dtype: Literal["bf16", "fp8"]) -> dict[str, DemoValue]:
@@ -52,6 +53,7 @@ def demo_arguments(arch: Architecture, *, dtype: Literal["bf16", "fp8"]) -> dict
         "v_head_dim": arch.v_head_dim,
         "dtype": dtype,
         **_rope(arch),
+        **_indexer(arch),
     }
     if dtype == "fp8" and arch.quantization is not None and arch.quantization.scale_fmt is not None:
         arguments["scale_fmt"] = arch.quantization.scale_fmt
@@ -59,15 +61,15 @@ def demo_arguments(arch: Architecture, *, dtype: Literal["bf16", "fp8"]) -> dict
 
 
 def in_demo(record: Expected) -> bool:
-    """Whether the demo's files hold this tensor: not MTP layers, nor the stored ``inv_freq``, nor an indexer.
+    """Whether the demo's files hold this tensor: all but MTP layers and the stored ``inv_freq``.
 
     Its loader is strict: a tensor that its model does not declare makes it fail.
     """
-    return not record.mtp and record.role not in _LEFT_OUT
+    return not record.mtp and record.role is not Role.ROTARY
 
 
 def demo_limits(arch: Architecture) -> list[str]:
-    """Why the demo, run on shards of this architecture, would fail or compute something else; empty where it is right.
+    """Why DeepSeek-V3's demo would fail on shards of this architecture or compute something else; empty if it is right.
 
     The shards themselves are right whatever this says: they merge back, and weightkit reads them.
     """
@@ -94,7 +96,7 @@ def _limits(arch: Architecture) -> list[tuple[bool, str]]:
             arch.rms_norm_eps != _RMS_NORM_EPS,
             f"its RMSNorm has epsilon {_RMS_NORM_EPS}; here it is {arch.rms_norm_eps}",
         ),
-        (bool(arch.indexer_layers), "it has no indexer, so attention is dense"),
+        (bool(arch.indexer_layers), "it has no indexer: the demo of DeepSeek-V3.2 does"),
         (arch.moe_layer_freq != 1, f"it knows no moe_layer_freq; here it is {arch.moe_layer_freq}"),
         (arch.n_shared_experts == 0, "it always has shared experts, and this checkpoint has none"),
         (arch.tie_word_embeddings, "it has a head of its own, and here the embedding is the head"),
@@ -108,6 +110,16 @@ def _groups(arch: Architecture) -> dict[str, DemoValue]:
     if arch.topk_method == "greedy":
         return {"n_expert_groups": 1, "n_limited_groups": 1}
     return {"n_expert_groups": arch.n_group, "n_limited_groups": arch.topk_group}
+
+
+def _indexer(arch: Architecture) -> dict[str, DemoValue]:
+    """What V3.2's demo asks for beside V3's arguments."""
+    sizes = {
+        "index_n_heads": arch.index_n_heads,
+        "index_head_dim": arch.index_head_dim,
+        "index_topk": arch.index_topk,
+    }
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _rope(arch: Architecture) -> dict[str, DemoValue]:

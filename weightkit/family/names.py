@@ -76,6 +76,13 @@ def to_published(name: str) -> str:
     return ".".join(["model", _FROM_TOP[top], *rest])
 
 
+def rename_expert(name: str, expert: int) -> str:
+    """The name as routed expert ``expert``: ``...experts.5.up_proj.weight`` -> ``...experts.3.up_proj.weight``."""
+    parts = name.split(".")
+    parts[parts.index("experts") + 1] = str(expert)
+    return ".".join(parts)
+
+
 def _layer(
     parts: list[str], in_layer: dict[str, str], in_block: dict[str, str], leaf: dict[str, str], router: tuple[str, str]
 ) -> list[str]:
