@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from weightkit.model.attention import Attention
 from weightkit.model.cache import LatentCache, LayerCache
+from weightkit.model.checkpoint_weights import CheckpointWeights
 from weightkit.model.mlp import GatedMLP, MoE
-from weightkit.model.model import Layer, LayerCheck, Model
+from weightkit.model.model import AfterLayer, Layer, Model
 from weightkit.model.norm import rms_norm
 from weightkit.model.rope import Rope, Rotation
 from weightkit.model.weights import Observer, TensorWeights, Weights, project
 
 __all__ = [
+    "AfterLayer",
     "Attention",
+    "CheckpointWeights",
     "GatedMLP",
     "LatentCache",
     "Layer",
     "LayerCache",
-    "LayerCheck",
     "MoE",
     "Model",
     "Observer",

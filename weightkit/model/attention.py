@@ -49,6 +49,13 @@ class Attention:
         heads = self._attend(q_nope, q_rope, latents)
         return self._project("o_proj", heads.flatten(2))
 
+    @property
+    def names(self) -> list[str]:
+        """The weights, in the order of their use."""
+        queries = ("q_proj",) if self.arch.q_lora_rank is None else ("q_a_proj", "q_a_layernorm", "q_b_proj")
+        modules = (*queries, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+        return [f"{self.prefix}.{module}.weight" for module in modules]
+
     def queries(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """The heads' queries: [batch, seq, heads, nope], and [batch, seq, heads, rope] rotated."""
         arch = self.arch

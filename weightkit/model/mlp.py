@@ -24,6 +24,11 @@ class GatedMLP:
         self.weights = weights
         self.observe = observe
 
+    @property
+    def names(self) -> list[str]:
+        """The weights, in the order of their use."""
+        return [f"{self.prefix}.{module}.weight" for module in ("gate_proj", "up_proj", "down_proj")]
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to [..., hidden]."""
         return self._project("down_proj", silu(self._project("gate_proj", x)) * self._project("up_proj", x))
@@ -41,11 +46,20 @@ class MoE:
         self.weights = weights
         self.observe = observe
 
+    @property
+    def names(self) -> list[str]:
+        """The weights that every token needs, in the order of their use."""
+        bias = [f"{self.prefix}.gate.e_score_correction_bias"] if self.arch.has_router_bias else []
+        shared = self._expert("shared_experts").names if self.arch.n_shared_experts else []
+        return [f"{self.prefix}.gate.weight", *bias, *shared]
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to [..., hidden]."""
         tokens = x.flatten(0, -2)
-        y = self.experts(tokens, *self.route(tokens)).view_as(x)
-        return y + self._expert("shared_experts")(x) if self.arch.n_shared_experts else y
+        ids, shares = self.route(tokens)
+        shared = self._expert("shared_experts")(x) if self.arch.n_shared_experts else None
+        routed = self.experts(tokens, ids, shares).view_as(x)
+        return routed if shared is None else routed + shared
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which experts each token of ``x`` [tokens, hidden] goes to, and how much each counts.
@@ -68,10 +82,12 @@ class MoE:
 
     def experts(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """The routed experts' outputs, weighted and summed in F32: ``x``'s shape [tokens, hidden] and dtype."""
+        chosen = {expert: self._expert(f"experts.{expert}") for expert in sorted(set(ids.flatten().tolist()))}
+        self.weights.prefetch([name for expert in chosen.values() for name in expert.names])
         y = torch.zeros_like(x, dtype=torch.float32)
-        for expert in sorted(set(ids.flatten().tolist())):
+        for expert, mlp in chosen.items():
             token, slot = (ids == expert).nonzero(as_tuple=True)
-            output = self._expert(f"experts.{expert}")(x[token])
+            output = mlp(x[token])
             y.index_add_(0, token, output * shares[token, slot, None])
         return y.to(x.dtype)
 

@@ -18,7 +18,7 @@ from weightkit.model.weights import Observer, Weights, project
 if TYPE_CHECKING:
     from weightkit.family import Architecture
 
-LayerCheck = Callable[[int, torch.Tensor], None]
+AfterLayer = Callable[[int, torch.Tensor], None]
 """Called with a layer's index and the hidden states after it (-1: the embedding)."""
 
 
@@ -37,6 +37,8 @@ class Layer:
         self.mlp: GatedMLP | MoE = (
             MoE(arch, mlp, weights, observe) if arch.is_moe_layer(index) else GatedMLP(mlp, weights, observe)
         )
+        norms = (f"{self.prefix}.input_layernorm.weight", f"{self.prefix}.post_attention_layernorm.weight")
+        self._names = [norms[0], *self.attention.names, norms[1], *self.mlp.names]
 
     def __call__(self, hidden: torch.Tensor, rotation: Rotation, cache: LayerCache | None = None) -> torch.Tensor:
         """``hidden`` [batch, seq, hidden] after this layer.
@@ -46,6 +48,7 @@ class Layer:
             rotation: that of the seq positions, which follow the cached tokens.
             cache: this layer's, read and extended.
         """
+        self.weights.prefetch(self._names)
         hidden = hidden + self.attention(self._norm("input_layernorm", hidden), rotation, cache)
         return hidden + self.mlp(self._norm("post_attention_layernorm", hidden))
 
@@ -80,14 +83,14 @@ class Model:
         return self.weights.rows("model.embed_tokens.weight", ids)
 
     def hidden_states(
-        self, ids: torch.Tensor, cache: LatentCache | None = None, check: LayerCheck | None = None
+        self, ids: torch.Tensor, cache: LatentCache | None = None, after_layer: AfterLayer | None = None
     ) -> torch.Tensor:
         """Hidden states [batch, seq, hidden] after the last layer, before the final norm.
 
         Args:
             ids: [batch, seq] token ids; with a cache, those that follow what it holds.
             cache: read and extended.
-            check: sees the hidden states after each layer.
+            after_layer: sees the hidden states after each layer.
 
         Raises:
             UnsupportedError: more tokens than the indexer of V3.2 or GLM-5 picks.
@@ -95,13 +98,13 @@ class Model:
         start = 0 if cache is None else cache.length
         self._require_dense(start + ids.shape[1])
         hidden = self.embed(ids)
-        if check is not None:
-            check(-1, hidden)
+        if after_layer is not None:
+            after_layer(-1, hidden)
         rotation = self.rope.at(torch.arange(start, start + ids.shape[1], device=hidden.device))
         for layer in self.layers:
             hidden = layer(hidden, rotation, None if cache is None else cache.layers[layer.index])
-            if check is not None:
-                check(layer.index, hidden)
+            if after_layer is not None:
+                after_layer(layer.index, hidden)
         return hidden
 
     def _require_dense(self, tokens: int) -> None:

@@ -5,7 +5,7 @@ The model never holds a weight longer than one use. Whoever implements ``Weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ class Weights(Protocol):
     """A source of weights by their published names, such as ``model.layers.3.mlp.experts.5.gate_proj.weight``."""
 
     def get(self, name: str) -> torch.Tensor:
-        """The whole weight, dequantized, in its compute dtype (the correction bias in F32) on the model's device.
+        """The whole weight, dequantized, in its compute dtype (routers' in F32, if so stored) on the model's device.
 
         Raises:
             MissingTensorError: there is no such tensor.
@@ -32,6 +32,10 @@ class Weights(Protocol):
 
         Apart from ``get`` because a prompt needs few rows of an embedding of 1.9 GB.
         """
+        ...
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """A hint: these will be asked for next, in this order."""
         ...
 
 
@@ -50,6 +54,9 @@ class TensorWeights:
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         weight = self.get(name)
         return weight[ids.to(weight.device)]
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Nothing to do."""
 
 
 def project(weights: Weights, name: str, x: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:

@@ -1,0 +1,134 @@
+"""Weights read from a checkpoint: values, dtypes, memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_checkpoint import computed_tensors, write_small
+
+from weightkit.errors import GenerationError, MissingTensorError, ScaleError
+from weightkit.layouts import open_checkpoint
+from weightkit.model import CheckpointWeights
+from weightkit.model.memory import Kept
+
+ROUTER = ("gate.weight", "e_score_correction_bias")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("weights") / "fp8"
+    return folder, write_small(folder)
+
+
+def test_every_weight_has_the_value_of_its_bf16_cast(small: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, stored = small
+    with CheckpointWeights(open_checkpoint(folder), device="cpu") as weights:
+        for name, expected in computed_tensors(stored).items():
+            found = weights.get(name)
+            assert found.dtype == torch.float32
+            assert torch.equal(found, expected), name
+    assert weights.bytes_read == sum(tensor.nbytes for tensor in stored.values())
+
+
+def test_bf16_compute_keeps_routers_f32(small: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, stored = small
+    with CheckpointWeights(open_checkpoint(folder), device="cpu", dtype="bf16") as weights:
+        for name in computed_tensors(stored):
+            assert weights.get(name).dtype == (torch.float32 if name.endswith(ROUTER) else torch.bfloat16), name
+
+
+def test_large_weights_are_read_in_strips(
+    small: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, stored = small
+    monkeypatch.setattr("weightkit.model.checkpoint_weights.STRIP_BYTES", 1 << 12)
+    with CheckpointWeights(open_checkpoint(folder), device="cpu") as weights:
+        for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"):
+            assert torch.equal(weights.get(name), computed_tensors(stored)[name])
+
+
+def test_rows_read_only_rows(small: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, stored = small
+    name = "model.embed_tokens.weight"
+    ids = torch.tensor([[5, 0, 5], [263, 1, 2]])
+    with CheckpointWeights(open_checkpoint(folder), device="cpu") as weights:
+        found = weights.rows(name, ids)
+        assert torch.equal(found, stored[name].float()[ids])
+        assert weights.bytes_read == 5 * stored[name].shape[1] * 2  # five different rows of BF16
+        weights.get(name)
+        before = weights.bytes_read
+        assert torch.equal(weights.rows(name, ids), found)
+        assert weights.bytes_read == before
+
+
+def test_prefetched_weights_are_read_once(small: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, stored = small
+    names = [name for name in stored if ".layers.1." in name and not name.endswith("_scale_inv")]
+    with CheckpointWeights(open_checkpoint(folder), device="cpu", jobs=3) as weights:
+        weights.prefetch(names)
+        for name in names:
+            assert torch.equal(weights.get(name), computed_tensors(stored)[name])
+        read = sum(tensor.nbytes for name, tensor in stored.items() if ".layers.1." in name)
+        assert weights.bytes_read == read
+        weights.prefetch(names)
+        assert weights.bytes_read == read
+
+
+def test_an_error_of_a_prefetched_weight_is_raised_where_it_is_used(
+    small: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    with CheckpointWeights(open_checkpoint(small[0]), device="cpu") as weights:
+        weights.prefetch(["model.norm.weight", "no.such.weight"])
+        weights.get("model.norm.weight")
+        with pytest.raises(MissingTensorError, match=r"no\.such\.weight"):
+            weights.get("no.such.weight")
+
+
+def test_missing_scale_is_found_before_any_read(tmp_path: Path) -> None:
+    stored = write_small(tmp_path / "whole", num_hidden_layers=1)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    del stored[f"{name}_scale_inv"]
+    write_small(tmp_path / "broken", stored=stored, num_hidden_layers=1)
+    with pytest.raises(ScaleError, match=name):
+        CheckpointWeights(open_checkpoint(tmp_path / "broken"), device="cpu")
+
+
+def test_unknown_dtype_is_refused(small: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    with pytest.raises(GenerationError, match="bf16, f16, f32"):
+        CheckpointWeights(open_checkpoint(small[0]), device="cpu", dtype="fp4")
+
+
+def expert(number: int) -> str:
+    return f"model.layers.3.mlp.experts.{number}.up_proj.weight"
+
+
+def test_kept_experts_leave_by_last_use() -> None:
+    kept = Kept(budget_bytes=3 * 40)
+    for number in range(3):
+        kept.put(expert(number), torch.zeros(10))
+    kept.get(expert(0))
+    kept.put(expert(3), torch.zeros(10))
+    assert [number for number in range(4) if expert(number) in kept] == [0, 2, 3]
+    assert kept.size_bytes == 120
+
+
+def test_what_every_token_needs_displaces_experts_and_stays() -> None:
+    kept = Kept(budget_bytes=3 * 40)
+    kept.put(expert(0), torch.zeros(10))
+    for name in ("a", "b", "c", "d"):
+        kept.put(name, torch.zeros(10))
+    kept.put(expert(1), torch.zeros(10))
+    assert [name for name in ("a", "b", "c", "d", expert(0), expert(1)) if name in kept] == ["a", "b", "c"]
+    assert kept.get("a") is not None
+    assert kept.get("d") is None
+    assert kept.size_bytes == 120
+
+
+def test_weight_larger_than_the_budget_displaces_nothing() -> None:
+    kept = Kept(budget_bytes=100)
+    kept.put(expert(0), torch.zeros(10))
+    kept.put("huge", torch.zeros(1000))
+    assert expert(0) in kept
+    assert "huge" not in kept
