@@ -23,6 +23,7 @@ from weightkit.family import (
     blueprint,
     demo_arguments,
     expert_ranges,
+    in_demo,
     require_mp,
     to_demo,
     to_published,
@@ -171,8 +172,7 @@ def _lay_out(checkpoint: Checkpoint, arch: Architecture, ranks: RankSet, share: 
         where=checkpoint.root,
         fix="weightkit strip takes the MTP layers out.",
     )
-    # what follows from the config (a stored inv_freq) stays behind: the demo's loader is strict
-    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not expected[name].optional}
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if in_demo(expected[name])}
     files: dict[str, dict[str, LazyTensor]] = {}
     for rank in range(ranks.size):
         shares = ((name, share(tensor, expected[name], rank)) for name, tensor in kept.items())

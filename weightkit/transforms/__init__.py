@@ -1,8 +1,8 @@
 """Functions from one checkpoint to another, or to files of another layout. They read nothing and compose."""
 
 from weightkit.transforms.cast import cast
-from weightkit.transforms.experts import keep_experts
+from weightkit.transforms.experts import keep_experts, read_kept
 from weightkit.transforms.shard import merge, shard
 from weightkit.transforms.strip import strip_mtp
 
-__all__ = ["cast", "keep_experts", "merge", "shard", "strip_mtp"]
+__all__ = ["cast", "keep_experts", "merge", "read_kept", "shard", "strip_mtp"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 from weightkit.checkpoint import Checkpoint
+from weightkit.checkpoint.json_file import read_json_object
 from weightkit.checkpoint.tensors import LazyTensor, concat, narrow
-from weightkit.errors import PlanError, WeightkitError, raise_all
+from weightkit.errors import FormatError, PlanError, WeightkitError, raise_all
 from weightkit.family import Architecture, Expected, Role, blueprint, legal_expert_counts, rename_expert
 
 #: A layer's kept expert ids, ascending; they are renumbered from 0 in this order.
@@ -52,6 +54,17 @@ def keep_experts(checkpoint: Checkpoint, count: int, *, kept: Kept | None = None
         for new, tensor in _cut(name, source, expected.get(name), chosen)
     }
     return replace(checkpoint, tensors=tensors, config={**checkpoint.config, "n_routed_experts": count}, placement={})
+
+
+def read_kept(path: Path) -> Kept:
+    """A JSON file of layer to expert ids, such as ``{"3": [0, 5, 9, 12]}``. Raises ``FormatError`` for anything
+    else."""
+    kept: dict[int, list[int]] = {}
+    for layer, ids in read_json_object(path).items():
+        if not layer.isdecimal() or not isinstance(ids, list) or any(type(expert) is not int for expert in ids):
+            raise FormatError(f"layer {layer!r}: not a list of expert ids", where=path, expected='{"3": [0, 5, 9, 12]}')
+        kept[int(layer)] = ids
+    return kept
 
 
 def _first_of_each_group(arch: Architecture, count: int) -> tuple[int, ...]:

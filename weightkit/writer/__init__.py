@@ -3,5 +3,6 @@
 from weightkit.writer.api import write
 from weightkit.writer.execute import Written, execute
 from weightkit.writer.plan import Plan, PlannedFile, make_plan
+from weightkit.writer.summary import Summary, summarize
 
-__all__ = ["Plan", "PlannedFile", "Written", "execute", "make_plan", "write"]
+__all__ = ["Plan", "PlannedFile", "Summary", "Written", "execute", "make_plan", "summarize", "write"]

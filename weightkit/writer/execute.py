@@ -8,11 +8,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.copies import Copy, copies
@@ -23,16 +22,18 @@ from weightkit.checkpoint.reading import Bytes
 from weightkit.checkpoint.tensors import LazyTensor, is_plain, size_bytes
 from weightkit.compute import CpuEngine, Engine, evaluate, strips
 from weightkit.errors import Interrupted, WriteError
+from weightkit.progress import Progress as ProgressBar
+from weightkit.units import human_bytes, human_seconds
 from weightkit.writer.journal import Journal, Progress, sync_folder
 from weightkit.writer.plan import Plan, PlannedFile
+from weightkit.writer.resources import default_jobs
 from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, AppendStream
-from weightkit.writer.target import PARTIAL, clear_target, inspect_target, only_writer, require_space
+from weightkit.writer.target import PARTIAL, clear_target, inspect_target, only_writer, require_memory, require_space
 
 #: Largest piece that is evaluated at once; bounds the memory of a worker.
 STRIP_BYTES = 16 << 20
 #: A file's progress is made durable this often; a stop by kill -9 loses at most so much of each file in work.
 DURABLE_EVERY_BYTES = 1 << 30
-MAX_JOBS = 8
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,21 @@ class Written:
     read_bytes: int
     wall_s: float
 
+    def to_json(self) -> dict[str, object]:
+        """Plain values by field."""
+        return asdict(self) | {"target": str(self.target)}
 
-def default_jobs() -> int:
-    """Workers where the user names no number: the usable cores, at most 8."""
-    return min(MAX_JOBS, len(os.sched_getaffinity(0)))
+    def render(self) -> str:
+        """One line for a terminal."""
+        if not self.written_bytes:
+            return f"{self.target}: complete already, {self.files} files, {human_bytes(self.size_bytes)}."
+        rate = human_bytes(self.written_bytes / max(self.wall_s, 1e-9))
+        kept = self.size_bytes - self.written_bytes
+        resumed = f", {human_bytes(kept)} kept from an earlier run" if kept else ""
+        return (
+            f"{self.target}: {self.files} files, {human_bytes(self.size_bytes)} in {human_seconds(self.wall_s)}"
+            f" ({rate}/s{resumed})."
+        )
 
 
 def peak_memory_bytes(plan: Plan, jobs: int) -> int:
@@ -99,11 +111,13 @@ def execute(
     if state.complete:
         return Written(plan.target, len(plan.files), plan.bytes_written, 0, 0, time.monotonic() - started)
     require_space(plan, {} if force else state.files)
+    require_memory(peak_memory_bytes(plan, jobs or default_jobs()))
     plan.target.mkdir(parents=True, exist_ok=True)
     with only_writer(plan.target):
         if force:
             clear_target(plan.target)
-        with Reader(plan.stamps) as reader, _Bar(plan, progress) as bar:
+        bar = ProgressBar(plan.bytes_written, plan.target.name, shown=progress, parts=len(plan.files))
+        with Reader(plan.stamps) as reader, bar:
             run = _Run(plan, reader, engine or CpuEngine(), bar, dict(state.files))
             run.write_files(jobs or default_jobs())
             run.seal()
@@ -117,41 +131,12 @@ def execute(
     )
 
 
-class _Bar:
-    """Bytes, rate and time left; a line every now and then where the output is no terminal."""
-
-    def __init__(self, plan: Plan, shown: bool) -> None:
-        self._bar = tqdm(
-            total=plan.bytes_written,
-            unit="B",
-            unit_scale=True,
-            desc=plan.target.name,
-            disable=not shown,
-            smoothing=0.05,
-        )
-        self._files, self._done = len(plan.files), 0
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self._bar.update(count)
-
-    def file_done(self) -> None:
-        with self._lock:
-            self._done += 1
-            self._bar.set_postfix_str(f"{self._done}/{self._files} files")
-
-
 class _Run:
     """One execution: what its workers share."""
 
-    def __init__(self, plan: Plan, reader: Reader, engine: Engine, bar: _Bar, history: dict[str, Progress]) -> None:
+    def __init__(
+        self, plan: Plan, reader: Reader, engine: Engine, bar: ProgressBar, history: dict[str, Progress]
+    ) -> None:
         self.plan, self.reader, self.engine, self.bar = plan, reader, engine, bar
         self.history = history
         self.written_bytes = 0
@@ -178,7 +163,7 @@ class _Run:
         before = self.history.get(file.name)
         if before is not None and before.done and final.exists() and final.stat().st_size == file.size_bytes:
             self.bar.add(file.size_bytes)
-            self.bar.file_done()
+            self.bar.part_done()
             return
         start, digest = self._durable_prefix(partial, before)
         self.bar.add(start)
@@ -193,7 +178,7 @@ class _Run:
         partial.rename(final)
         sync_folder(self.plan.target)
         self._record(file, Progress(file.size_bytes, sha256, done=True))
-        self.bar.file_done()
+        self.bar.part_done()
 
     def _durable_prefix(self, partial: Path, before: Progress | None) -> tuple[int, hashlib._Hash | None]:
         """How much of a partial file can be trusted: what the journal vouches for and still hashes as it says."""
@@ -209,7 +194,7 @@ class _Run:
 
     def _fill(self, stream: AppendStream, file: PlannedFile) -> None:
         durable = stream.position
-        stream.append(_as_bytes(file.header))
+        self._append(stream, _as_bytes(file.header))
         for piece in _pieces(file.tensors.values()):
             count = piece.run_bytes if isinstance(piece, Copy) else size_bytes(piece)
             if stream.skip(count):

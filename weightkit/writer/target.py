@@ -17,6 +17,7 @@ from weightkit.checkpoint.reading import Stamp
 from weightkit.errors import FormatError, SpaceError, TargetError
 from weightkit.writer.journal import Progress, read_history
 from weightkit.writer.plan import Plan
+from weightkit.writer.resources import available_memory_bytes, free_disk_bytes
 
 PARTIAL = ".partial"
 #: Room left for what grows beside the weights: journal, folders, the filesystem's own needs.
@@ -134,7 +135,7 @@ def require_space(plan: Plan, files: Mapping[str, Progress]) -> None:
     needed = sum(file.size_bytes for file in plan.files if not _is_done(file.name, files)) + SLACK_BYTES
     needed += sum(len(file.content or b"") for file in plan.side_files.values())
     held = sum(_allocated(plan.target / (file.name + PARTIAL)) for file in plan.files)
-    free = free_bytes(plan.target)
+    free = free_disk_bytes(plan.target)
     if needed - held > free:
         raise SpaceError(
             "not enough free space",
@@ -145,12 +146,17 @@ def require_space(plan: Plan, files: Mapping[str, Progress]) -> None:
         )
 
 
-def free_bytes(target: Path) -> int:
-    """Bytes that a user may still write on the filesystem of ``target``, which need not exist yet."""
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def require_memory(needed: int) -> None:
+    """Raise ``SpaceError`` where buffers of ``needed`` bytes are more than the machine can give."""
+    available = available_memory_bytes()
+    if available is not None and needed > available:
+        raise SpaceError(
+            "not enough memory for the buffers",
+            where="--jobs",
+            expected=f"{needed:,} bytes",
+            found=f"{available:,} available",
+            fix="Use a smaller --jobs.",
+        )
 
 
 def _is_done(name: str, files: Mapping[str, Progress]) -> bool:

@@ -1,0 +1,84 @@
+"""The group of commands, loaded when asked for, and the one place where errors become messages."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+import weightkit
+from weightkit.errors import Interrupted, WeightkitError
+
+#: In the order of the road that a checkpoint goes.
+COMMANDS = ("inspect", "verify", "strip", "cast", "shard", "merge", "generate", "demo")
+
+
+class _Commands(click.Group):
+    """Imports a command's module when it is named. None of them imports torch to be described."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"weightkit.cli.{cmd_name}").command
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(weightkit.__version__, prog_name="weightkit")
+def group() -> None:
+    """Handle very large open-weight checkpoints: the DeepSeek-V3 family.
+
+    Without SRC and DST, commands work in the workspace: ./weights, or the folder that WEIGHTKIT_HOME names.
+    """
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run a command line and exit."""
+    signal.signal(signal.SIGTERM, _stop)
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        code = group.main(arguments, prog_name="weightkit", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as exc:
+        sys.exit(exc.exit_code)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (KeyboardInterrupt, click.Abort, Interrupted) as exc:
+        _say(str(exc) or "Stopped.", arguments)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone: nothing to say, and nobody to say it to
+        sys.exit(1)
+    except Exception as exc:
+        if "--debug" in arguments:
+            raise
+        _say(_message(exc), arguments, exc)
+        sys.exit(1)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, WeightkitError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return (
+        f"A defect in weightkit: {type(error).__name__}: {error}.\nRun it again with --debug and report what it prints."
+    )
+
+
+def _say(message: str, arguments: list[str], error: Exception | None = None) -> None:
+    if "--json" in arguments and error is not None:
+        click.echo(json.dumps({"error": type(error).__name__, "message": message}))
+    click.echo(f"Error: {message}" if error is not None else message, err=True)

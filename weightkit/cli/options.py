@@ -1,0 +1,109 @@
+"""Options that commands share, and what a conversion does with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from weightkit.workspace import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from weightkit.checkpoint import Checkpoint
+    from weightkit.layouts import FileSet
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+
+
+def _chain(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model_option = click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, help="The model of the workspace to work on."
+)
+config_option = click.option("--config", type=PATH, help="The model's config.json, where the source has none.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="Where to compute."
+)
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(min=1), help="Files in work at once.  [default: cores, at most 8]"
+)
+
+#: What a command takes that makes one checkpoint from another; it gets a ``Conversion`` as ``run``.
+conversion_options = _chain(
+    click.argument("src", type=PATH, required=False),
+    click.argument("dst", type=PATH, required=False),
+    model_option,
+    config_option,
+    click.option("--dry-run", is_flag=True, help="Print the plan and its cost; write nothing."),
+    jobs_option,
+    device_option,
+    click.option("--force", is_flag=True, help="Replace what an earlier run left in DST."),
+    json_option,
+    click.option("-v", "--verbose", is_flag=True, help="Print the plan before it is carried out."),
+    quiet_option,
+    debug_option,
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The shared options of one call."""
+
+    src: Path | None
+    dst: Path | None
+    model: str
+    config: Path | None
+    dry_run: bool
+    jobs: int | None
+    device: str
+    force: bool
+    as_json: bool
+    verbose: bool
+    quiet: bool
+    debug: bool
+
+    def open(self, default: Callable[[str], Path] | None = None) -> Checkpoint:
+        """The source: SRC, or what ``default`` finds in the workspace."""
+        from weightkit.layouts import open_checkpoint
+        from weightkit.workspace import source
+
+        return open_checkpoint(self.src or (default or source)(self.model), config=self.config)
+
+    def write(self, what: Checkpoint | FileSet, *form: str) -> None:
+        """Carry out, or only print, the writing of ``what`` to DST, or to the place that its ``form`` has in the
+        workspace."""
+        from weightkit.checkpoint import Checkpoint
+        from weightkit.compute import choose_engine
+        from weightkit.layouts import lay_out_published
+        from weightkit.workspace import target
+        from weightkit.writer import execute, make_plan, summarize
+
+        files = lay_out_published(what) if isinstance(what, Checkpoint) else what
+        plan = make_plan(files, self.dst or target(self.model, self.src, form))
+        if self.dry_run or (self.verbose and not self.as_json):
+            summary = summarize(plan, jobs=self.jobs, force=self.force)
+            click.echo(json.dumps(summary.to_json()) if self.as_json else summary.render())
+        if self.dry_run:
+            return
+        engine = choose_engine(self.device) if plan.computed_tensors else None  # type: ignore[arg-type]
+        written = execute(plan, jobs=self.jobs, engine=engine, progress=not self.quiet, force=self.force)
+        if self.as_json:
+            click.echo(json.dumps(written.to_json()))
+        elif not self.quiet:
+            click.echo(written.render())
