@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ from weightkit.writer.target import PARTIAL, clear_target, inspect_target, only_
 
 #: Largest piece that is evaluated at once; bounds the memory of a worker.
 STRIP_BYTES = 16 << 20
+#: Longest run that is copied in one go.
+COPY_BYTES = 64 << 20
 #: A file's progress is made durable this often; a stop by kill -9 loses at most so much of each file in work.
 DURABLE_EVERY_BYTES = 1 << 30
 
@@ -140,6 +142,7 @@ class _Run:
         self.plan, self.reader, self.engine, self.bar = plan, reader, engine, bar
         self.history = history
         self.written_bytes = 0
+        self._counting = threading.Lock()
         self.stop = threading.Event()
         sources = {Path(path).name: stamp for path, stamp in plan.stamps.items()}
         self.journal = Journal(plan.target, plan.hash, sources)
@@ -193,19 +196,18 @@ class _Run:
         return (before.bytes, digest) if not left and digest.hexdigest() == before.sha256 else (0, None)
 
     def _fill(self, stream: AppendStream, file: PlannedFile) -> None:
+        self._count(stream.append(_as_bytes(file.header)))
         durable = stream.position
-        self._append(stream, _as_bytes(file.header))
-        for piece in _pieces(file.tensors.values()):
+        for piece in _small_pieces(file.tensors.values()):
             count = piece.run_bytes if isinstance(piece, Copy) else size_bytes(piece)
             if stream.skip(count):
+                durable = stream.position
                 continue
+            self._check_stop()
             if isinstance(piece, Copy):
                 self._copy(stream, piece)
             else:
-                for strip in strips(piece, STRIP_BYTES):
-                    if not stream.skip(size_bytes(strip)):
-                        self._check_stop()
-                        self._append(stream, evaluate(strip, self.reader, self.engine))
+                self._count(stream.append(evaluate(piece, self.reader, self.engine)))
             if stream.position - durable >= DURABLE_EVERY_BYTES:
                 durable = stream.position
                 self._record(file, Progress(*stream.make_durable()))
@@ -218,13 +220,9 @@ class _Run:
 
         stream.fill(copy.run_bytes, read_into)
 
-    def _append(self, stream: AppendStream, data: Bytes) -> None:
-        before = stream.position
-        stream.append(data)
-        self._count(stream.position - before)
-
     def _count(self, count: int) -> None:
-        self.written_bytes += count
+        with self._counting:
+            self.written_bytes += count
         self.bar.add(count)
 
     def _keep(self, stream: AppendStream, file: PlannedFile) -> None:
@@ -273,6 +271,16 @@ def _wait_for(futures: list[Future[None]]) -> None:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
+
+
+def _small_pieces(tensors: Iterable[LazyTensor]) -> Iterator[Copy | LazyTensor]:
+    """The content in order, in pieces that are small beside ``DURABLE_EVERY_BYTES``."""
+    for piece in _pieces(tensors):
+        if not isinstance(piece, Copy):
+            yield from strips(piece, STRIP_BYTES)
+            continue
+        for start in range(0, piece.run_bytes, COPY_BYTES):
+            yield replace(piece, offset=piece.offset + start, run_bytes=min(COPY_BYTES, piece.run_bytes - start))
 
 
 def _pieces(tensors: Iterable[LazyTensor]) -> Iterator[Copy | LazyTensor]:

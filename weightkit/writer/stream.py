@@ -76,14 +76,16 @@ class AppendStream:
         self.position += count
         return True
 
-    def append(self, data: Bytes) -> None:
-        """Append a flat uint8 array."""
-        self.fill(len(data), lambda start, out: np.copyto(out, data[start : start + len(out)]))
+    def append(self, data: Bytes) -> int:
+        """Append a flat uint8 array. Returns how many of its bytes were not there already."""
+        return self.fill(len(data), lambda start, out: np.copyto(out, data[start : start + len(out)]))
 
-    def fill(self, count: int, read_into: Callable[[int, Bytes], None]) -> None:
-        """Append ``count`` bytes that ``read_into(start, out)`` puts into place, in as many calls as there are
-        buffers."""
-        done = min(count, max(0, self._resume_at - self.position))
+    def fill(self, count: int, read_into: Callable[[int, Bytes], None]) -> int:
+        """Append ``count`` bytes that ``read_into(start, out)`` puts into place, in as many calls as there are buffers.
+
+        Returns how many of them were not there already.
+        """
+        done = there = min(count, max(0, self._resume_at - self.position))
         self.position += done
         while done < count:
             out = self._current[self._filled : self._filled + count - done]
@@ -93,6 +95,7 @@ class AppendStream:
             self._filled += len(out)
             if self._filled == BUFFER_BYTES:
                 self._submit()
+        return count - there
 
     def make_durable(self) -> tuple[int, str]:
         """Sync the full buffers so far. Returns the position up to which bytes are safe, and their SHA-256."""
