@@ -8,7 +8,10 @@
     │   ├── NotACheckpointError     nothing recognisable at a path
     │   ├── MissingFileError        a shard or a rank file that is not there
     │   ├── MissingTensorError      a name that no file holds
+    │   ├── TensorError             a tensor that the config does not call for, or of another dtype or shape
     │   ├── ScaleError              an FP8 weight without its scale, or a scale that does not fit
+    │   ├── ChecksumError           a file whose size or SHA-256 is not the recorded one
+    │   ├── ValuesError             NaN or Inf in weights, or a scale that is not positive and finite
     │   └── Problems                several of any kind, found in one go
     ├── ConfigError                 config.json lacks a field or contradicts itself
     │   └── UnsupportedError        an architecture or layout that weightkit knows it cannot handle
@@ -29,7 +32,12 @@ Each one says what went wrong, where, what was expected and found, and what to d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+#: Examples shown of each kind of problem.
+SHOWN_A_KIND = 5
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 class WeightkitError(Exception):
@@ -60,18 +68,20 @@ class WeightkitError(Exception):
         self.found = None if found is None else str(found)
         self.fix = fix
 
+    @property
+    def facts(self) -> str:
+        """``expected ..., found ...``, as far as they are known."""
+        known = (("expected", self.expected), ("found", self.found))
+        return printable(", ".join(f"{word} {value}" for word, value in known if value is not None))
+
+    @property
+    def message(self) -> str:
+        """``str()`` without the next step."""
+        place = "" if self.where is None else f"{self.where}: "
+        return printable(": ".join(filter(None, (place + self.what.rstrip("."), self.facts)))) + "."
+
     def __str__(self) -> str:
-        text = self.what.rstrip(".")
-        if self.where is not None:
-            text = f"{self.where}: {text}"
-        facts = [
-            f"{word} {value}"
-            for word, value in (("expected", self.expected), ("found", self.found))
-            if value is not None
-        ]
-        if facts:
-            text = f"{text}: {', '.join(facts)}"
-        return f"{text}.\n{self.fix}" if self.fix else f"{text}."
+        return f"{self.message}\n{printable(self.fix)}" if self.fix else self.message
 
 
 class FormatError(WeightkitError):
@@ -104,8 +114,20 @@ class MissingTensorError(CheckpointError, KeyError):
     __str__ = WeightkitError.__str__
 
 
+class TensorError(CheckpointError):
+    """A tensor that the config does not call for, or that has another dtype or shape."""
+
+
 class ScaleError(CheckpointError):
     """An FP8 weight has no scale, or one that does not fit it."""
+
+
+class ChecksumError(CheckpointError):
+    """A file's size or SHA-256 is not the recorded one."""
+
+
+class ValuesError(CheckpointError):
+    """Weights hold NaN or Inf, or a scale is not positive and finite."""
 
 
 class ConfigError(WeightkitError):
@@ -164,8 +186,6 @@ class Problems(CheckpointError):  # noqa: N818 - the plural says it
         problems: each an exception of its own, in the order found.
     """
 
-    SHOWN_A_KIND = 5
-
     def __init__(
         self, what: str, problems: Sequence[WeightkitError], *, where: object = None, fix: str | None = None
     ) -> None:
@@ -174,15 +194,61 @@ class Problems(CheckpointError):  # noqa: N818 - the plural says it
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
-        lines = [f"{place}{self.what} ({len(self.problems)} problem{'s' * (len(self.problems) > 1)})."]
-        kinds: dict[type[WeightkitError], list[WeightkitError]] = {}
-        for problem in self.problems:
-            kinds.setdefault(type(problem), []).append(problem)
-        for found in kinds.values():
-            lines += [f"  {problem}".replace("\n", "\n  ") for problem in found[: self.SHOWN_A_KIND]]
-            if len(found) > self.SHOWN_A_KIND:
-                lines.append(f"  ... and {len(found) - self.SHOWN_A_KIND} more of this kind.")
+        count = f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}"
+        lines = [f"{place}{self.what} ({count}).", render_problems(self.problems)]
         return "\n".join([*lines, self.fix] if self.fix else lines)
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates escaped: names in hostile files must not drive a
+    terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def group_problems(problems: Sequence[WeightkitError]) -> list[list[WeightkitError]]:
+    """Those of one kind together, kinds in the order in which they come first.
+
+    A kind is an exception class and a sentence, whatever names and numbers stand in it.
+    """
+    kinds: dict[tuple[type[WeightkitError], str], list[WeightkitError]] = {}
+    for problem in problems:
+        kinds.setdefault((type(problem), _sentence(problem.what)), []).append(problem)
+    return list(kinds.values())
+
+
+def _sentence(what: str) -> str:
+    """``what`` without the words that vary within a kind: quoted names, tensors, fields, files, numbers."""
+    words = _QUOTED.sub("…", what).split()
+    return " ".join("…" if any(c in "./_" or c.isdigit() for c in word.rstrip(".")) else word for word in words)
+
+
+def render_problems(problems: Sequence[WeightkitError], *, shown: int = SHOWN_A_KIND) -> str:
+    """Problems for people: by kind, each with its count, the first few and the next step."""
+    return "\n".join(line for group in group_problems(problems) for line in _render_group(group, shown))
+
+
+def _render_group(group: Sequence[WeightkitError], shown: int) -> list[str]:
+    first = group[0]
+    if len(group) == 1:
+        return _indented(str(first), 2)
+    one_fix = all(problem.fix == first.fix for problem in group)
+    if one_fix and all(problem.what == first.what and problem.where is not None for problem in group):
+        lines = [f"  {len(group):,} times: {printable(first.what)}"]
+        examples = [": ".join(filter(None, (printable(str(p.where)), p.facts))) for p in group[:shown]]
+    else:
+        lines = [f"  {len(group):,} of one kind:"]
+        examples = [problem.message if one_fix else str(problem) for problem in group[:shown]]
+    for example in examples:
+        lines += _indented(example, 4)
+    if len(group) > shown:
+        lines.append(f"    ... and {len(group) - shown:,} more of this kind.")
+    return [*lines, *_indented(first.fix, 2)] if one_fix and first.fix else lines
+
+
+def _indented(text: str, width: int) -> list[str]:
+    return [" " * width + line for line in text.split("\n")]
 
 
 def raise_all(what: str, problems: Sequence[WeightkitError], *, where: object = None, fix: str | None = None) -> None:
