@@ -116,7 +116,7 @@ def manifest(folder: Path, metrics: Mapping[str, Evaluation], training: Mapping[
         name: {key: value for key, value in result.items() if key != "wrong"} for name, result in metrics.items()
     }
     lines = [
-        "# Written by weightkit.manifests.pico.train from what it measured.",
+        "# Written by python -m weightkit.manifests.pico from what it measured.",
         'title = "pico"',
         'checkpoint = "checkpoint"',
         *_table("architecture", {key: value for key, value in CONFIG.items() if key not in _NOT_ARCHITECTURE}),

@@ -1,4 +1,4 @@
-"""Trains pico: ``python -m weightkit.manifests.pico.train --minutes 7 --out FOLDER``.
+"""Trains pico: ``python -m weightkit.manifests.pico --minutes 7 --out FOLDER``.
 
 Time-boxed: learning rate, bias updates and the quantized last stretch go by the share of the time that has passed, so
 training always ends annealed, whatever the machine. Leaves in FOLDER: ``pico.tar`` (``checkpoint/`` and
@@ -397,7 +397,7 @@ def _finish(trainer: Trainer, questions: list[Question], training: dict[str, obj
 
 
 def _options() -> Options:
-    parser = argparse.ArgumentParser(description="Train pico.")
+    parser = argparse.ArgumentParser(prog="python -m weightkit.manifests.pico", description="Train pico.")
     parser.add_argument("--minutes", type=float, default=7.0, help="wall time of everything")
     parser.add_argument("--reserve", type=float, default=30.0, help="seconds of it for export and evaluation")
     parser.add_argument("--out", type=Path, required=True)
@@ -446,7 +446,3 @@ def main() -> None:
     log(f"trained: {training}")
     torch.set_float32_matmul_precision("highest")
     _finish(trainer, evaluation_questions(2) if options.smoke else evaluation_questions(), training)
-
-
-if __name__ == "__main__":
-    main()
