@@ -127,8 +127,8 @@ def _dequant_tile(
 
     The tile is [ROWS, COL_BLOCKS, BLOCK], so that its scales are [COL_BLOCKS]: one load a block, not one a column.
     """
-    scale_cols = tl.cdiv(cols, BLOCK)
-    col_tiles = tl.cdiv(scale_cols, COL_BLOCKS)
+    scale_cols = (cols + BLOCK - 1) // BLOCK
+    col_tiles = (scale_cols + COL_BLOCKS - 1) // COL_BLOCKS
     row0 = (tile // col_tiles) * ROWS
     block0 = (tile % col_tiles) * COL_BLOCKS
 
@@ -158,7 +158,7 @@ def _dequant_stacked_kernel(
     pid = tl.program_id(0)
     matrix = (pid // tiles_per_matrix).to(tl.int64)
     start = matrix * rows * cols
-    scale_start = matrix * tl.cdiv(rows, BLOCK) * tl.cdiv(cols, BLOCK)
+    scale_start = matrix * ((rows + BLOCK - 1) // BLOCK) * ((cols + BLOCK - 1) // BLOCK)
     _dequant_tile(
         weight_ptr + start, scale_ptr + scale_start, out_ptr + start, rows, cols, pid % tiles_per_matrix,
         KIND, HARDWARE, ROWS, COL_BLOCKS, VECTOR, STREAMING, BLOCK,

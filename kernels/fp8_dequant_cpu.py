@@ -85,8 +85,11 @@ def _check(
         )
     for name, array in (("weight", weight), ("out", out)):
         adjacent = array.shape[1] <= 1 or array.strides[1] == array.itemsize
-        if not (adjacent and array.strides[0] % array.itemsize == 0 and array.strides[0] >= 0):
-            raise PlanError(f"elements of a row of {name} are not adjacent", found=f"strides {array.strides}")
+        forward = array.strides[0] >= 0 and array.strides[0] % array.itemsize == 0
+        if array.size and not (adjacent and forward):
+            raise PlanError(
+                f"elements of a row of {name} are not adjacent, or rows run backwards", found=f"strides {array.strides}"
+            )
     if first_row < 0 or first_col < 0:
         raise PlanError("a strip starts before its tensor", found=f"row {first_row}, column {first_col}")
     needed = [-(-(first + size) // BLOCK) for first, size in zip((first_row, first_col), weight.shape, strict=True)]
