@@ -246,3 +246,17 @@ def test_rank_files_generate_the_same(runtime: Runtime, fp8: Path, tmp_path: Pat
     write(shard(cast(open_checkpoint(fp8), "bf16"), mp=2), tmp_path / "mp2")
     found = generate(tmp_path / "mp2", PROMPT, device="cpu", max_new_tokens=12)
     assert found.token_ids == runtime.generate(PROMPT, max_new_tokens=12).token_ids
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_generates_the_same_in_f32(runtime: Runtime, fp8: Path) -> None:
+    found = generate(fp8, PROMPT, device="cuda", dtype="f32", max_new_tokens=12)
+    assert found.device == "cuda"
+    assert found.token_ids == runtime.generate(PROMPT, max_new_tokens=12).token_ids
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_computes_in_the_config_dtype(fp8: Path) -> None:
+    assert generate(fp8, PROMPT, device="auto", max_new_tokens=12).dtype == "bfloat16"

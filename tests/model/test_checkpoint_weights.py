@@ -132,3 +132,20 @@ def test_weight_larger_than_the_budget_displaces_nothing() -> None:
     kept.put("huge", torch.zeros(1000))
     assert expert(0) in kept
     assert "huge" not in kept
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_gpu_gives_the_same_bits(small: tuple[Path, dict[str, torch.Tensor]], dtype: str) -> None:
+    folder, stored = small
+    checkpoint = open_checkpoint(folder)
+    with (
+        CheckpointWeights(checkpoint, device="cpu", dtype=dtype) as expected,
+        CheckpointWeights(checkpoint, device="cuda", dtype=dtype) as found,
+    ):
+        names = list(computed_tensors(stored))
+        found.prefetch(names)
+        for name in names:
+            assert found.get(name).is_cuda
+            assert torch.equal(found.get(name).cpu(), expected.get(name)), name

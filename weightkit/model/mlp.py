@@ -88,7 +88,7 @@ class MoE:
         for expert, mlp in chosen.items():
             token, slot = (ids == expert).nonzero(as_tuple=True)
             output = mlp(x[token])
-            y.index_add_(0, token, output * shares[token, slot, None])
+            y[token] += output * shares[token, slot, None]  # no token comes twice: its experts differ
         return y.to(x.dtype)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
