@@ -1,0 +1,200 @@
+"""Compare two checkpoints tensor by tensor, bit by bit. Exit 1 on any difference.
+
+    python tests/benchmarks/compare.py A B                   # folders, published layout or rank files
+    python tests/benchmarks/compare.py --digest A > a.json   # what stands for A once A is deleted
+    python tests/benchmarks/compare.py a.json B
+
+In the published layout tensors are matched by name whichever files they lie in; rank files are matched file by file.
+The first mismatch is shown with its coordinate and both values (against a digest, with the two hashes). Streams: memory
+does not grow with the checkpoint. Independent of weightkit: it reads headers by itself.
+
+Two NaNs of different bits count as different; random checkpoints of full_width.py hold none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import struct
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+CHUNK_BYTES = 8 << 20
+WIDTHS = {"F8_E4M3": 1, "U8": 1, "I8": 1, "BOOL": 1, "BF16": 2, "F16": 2, "I16": 2, "F32": 4, "I32": 4, "I64": 8}
+_RANK_FILE = re.compile(r"model\d+-(mp|ep)\d+\.safetensors")
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    offset: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Start and length of each piece that is compared at once."""
+        starts = range(0, self.size_bytes, CHUNK_BYTES)
+        return [(start, min(CHUNK_BYTES, self.size_bytes - start)) for start in starts]
+
+    def read(self, start: int, count: int) -> Bytes:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start)
+            data = np.empty(count, np.uint8)
+            done = 0
+            while done < count:
+                got = file.readinto(data[done:].data)
+                if not got:
+                    raise SystemExit(f"{self.path} ends early")
+                done += got
+        return data
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for start, count in self.chunks():
+            digest.update(self.read(start, count).data)
+        return digest.hexdigest()
+
+
+def places(folder: Path) -> dict[str, Place]:
+    """Tensor name (after the file's name, for rank files) to its place."""
+    found: dict[str, Place] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        prefix = f"{path.name}: " if _RANK_FILE.fullmatch(path.name) else ""
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            key = prefix + name
+            if key in found:
+                raise SystemExit(f"{key} lies in {found[key].path.name} and in {path.name}")
+            found[key] = Place(path, 8 + length + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
+    if not found:
+        raise SystemExit(f"{folder}: no tensors")
+    return found
+
+
+def first_difference(a: Place, b: Place) -> str | None:
+    """A line about the first element that differs, or None."""
+    for start, count in a.chunks():
+        left, right = a.read(start, count), b.read(start, count)
+        if np.array_equal(left, right):
+            continue
+        width = WIDTHS.get(a.dtype, 1)
+        byte = int(np.argmax(left != right))
+        element = byte // width
+        coordinate = np.unravel_index(start // width + element, a.shape) if prod(a.shape) else ()
+        where = ", ".join(str(int(index)) for index in coordinate)
+        both = [raw[element * width : (element + 1) * width] for raw in (left, right)]
+        values = " and ".join(f"{value_of(raw, a.dtype)} ({raw[::-1].tobytes().hex()})" for raw in both)
+        return f"[{where}]: {values}; {np.count_nonzero(left != right):,} bytes differ in this piece of {count:,}"
+    return None
+
+
+def value_of(raw: Bytes, dtype: str) -> str:
+    """The element as a number where numpy can spell it."""
+    if dtype == "BF16":
+        return f"{(raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0]:.9g}"
+    if dtype in ("F16", "F32"):
+        return f"{raw.view({'F16': np.float16, 'F32': np.float32}[dtype])[0]:.9g}"
+    return str(int.from_bytes(raw.tobytes(), "little"))
+
+
+@dataclass(frozen=True)
+class Described:
+    """Dtype, shape and hash of a tensor that need not exist any more."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+def digest(folder: Path, threads: int) -> dict[str, Described]:
+    found = places(folder)
+    with ThreadPoolExecutor(threads) as pool:
+        hashes = list(pool.map(Place.sha256, found.values()))
+    return {
+        name: Described(place.dtype, place.shape, value)
+        for (name, place), value in zip(found.items(), hashes, strict=True)
+    }
+
+
+def to_json(described: dict[str, Described]) -> str:
+    return json.dumps({name: [item.dtype, list(item.shape), item.sha256] for name, item in described.items()})
+
+
+def from_json(path: Path) -> dict[str, Described]:
+    return {
+        name: Described(dtype, tuple(shape), value)
+        for name, (dtype, shape, value) in json.loads(path.read_text()).items()
+    }
+
+
+def compare(a: Path, b: Path, threads: int) -> tuple[int, list[str]]:
+    """Tensors compared, and a line for each that differs."""
+    if a.is_dir() and b.is_dir():
+        return _compare(places(a), places(b), first_difference, threads)
+    left, right = (digest(path, threads) if path.is_dir() else from_json(path) for path in (a, b))
+    return compare_digests(left, right)
+
+
+def compare_digests(a: dict[str, Described], b: dict[str, Described]) -> tuple[int, list[str]]:
+    def differ(left: Described, right: Described) -> str | None:
+        return None if left.sha256 == right.sha256 else f"sha256 {left.sha256[:16]} and {right.sha256[:16]}"
+
+    return _compare(a, b, differ, 1)
+
+
+def _compare(a: dict, b: dict, differ: Callable, threads: int) -> tuple[int, list[str]]:  # type: ignore[type-arg]
+    problems = [f"{name}: only in the first" for name in a if name not in b]
+    problems += [f"{name}: only in the second" for name in b if name not in a]
+    shared = [name for name in a if name in b]
+
+    def one(name: str) -> str | None:
+        left, right = a[name], b[name]
+        if (left.dtype, left.shape) != (right.dtype, right.shape):
+            return f"{name}: {left.dtype} {list(left.shape)} and {right.dtype} {list(right.shape)}"
+        difference = differ(left, right)
+        return difference and f"{name} {difference}"
+
+    with ThreadPoolExecutor(threads) as pool:
+        problems += [problem for problem in pool.map(one, shared) if problem]
+    return len(shared), problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare two checkpoints bit by bit.")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folders, or files that --digest printed")
+    parser.add_argument("--digest", action="store_true", help="print hashes of one folder's tensors instead")
+    parser.add_argument("--threads", type=int, default=min(16, len(os.sched_getaffinity(0))))
+    args = parser.parse_args()
+    if len(args.paths) != (1 if args.digest else 2):
+        parser.error("two paths, or one with --digest")
+    if args.digest:
+        print(to_json(digest(args.paths[0], args.threads)))
+        return
+    count, problems = compare(*args.paths, args.threads)
+    for problem in problems[:20]:
+        print(problem)
+    print(f"{count:,} tensors compared, {len(problems):,} differences")
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()
