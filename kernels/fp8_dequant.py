@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -275,8 +276,8 @@ def dequant_many(
     addresses = [(w.data_ptr(), s.data_ptr(), o.data_ptr(), *w.shape) for w, s, o in work]
     records = np.column_stack([np.array(addresses, dtype=np.int64), first])
     device = work[0][0].device
-    table = torch.from_numpy(records).to(device)
-    owner = torch.from_numpy(np.repeat(np.arange(len(work), dtype=np.int32), tiles)).to(device)
+    table = _to_device(records, device)
+    owner = _to_device(np.repeat(np.arange(len(work), dtype=np.int32), tiles), device)
     aligned = all(_aligned(weight, out) for weight, _, out in work)
     with _on_device(work[0][0]):
         _dequant_table_kernel[(int(tiles.sum()),)](table, owner, ALIGNED=aligned, **_options(dtype, config))
@@ -290,6 +291,12 @@ def _tiles(rows: int, cols: int, config: TileConfig) -> int:
 def _aligned(weight: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether every row starts on 16 bytes, so that threads may load and store vectors."""
     return weight.shape[-1] % 16 == 0 and weight.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
+
+
+def _to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """Through pinned memory, or the host would wait for all that the stream still has to do."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _options(dtype: torch.dtype, config: TileConfig) -> dict[str, object]:
