@@ -13,6 +13,7 @@ On a CPU (``--cpu``, or where there is no GPU): GB/s of FP8 read, one thread and
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -276,12 +277,16 @@ def host_seconds(run: Callable[[], object], repeats: int) -> tuple[float, float]
 
 
 def print_machine() -> None:
-    import numba
-    import triton
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{device}; {platform.machine()}, {os.cpu_count()} CPUs; Python {platform.python_version()}")
-    print(f"torch {torch.__version__}, triton {triton.__version__}, numba {numba.__version__}, numpy {np.__version__}")
+    print(", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "numba", "numpy")))
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def print_table(rows: Rows, unit: str) -> None:
