@@ -14,9 +14,9 @@ Source: https://github.com/huggingface/safetensors#format
     ├── EntryError               an entry lacks a field or has a wrong one
     ├── DtypeError               a dtype that the format does not have
     ├── ShapeError               a shape that is not a list of sizes
-    ├── OffsetsError             offsets that are no range, or lie outside the file
+    ├── OffsetsError             offsets that are no range
     ├── SizeError                the range is not what dtype and shape need
-    ├── OverlapError             two tensors share bytes
+    ├── OverlapError             a tensor begins within another
     ├── GapError                 bytes that belong to no tensor
     ├── TruncatedError           the file ends before its data does
     └── TrailingBytesError       the file goes on after its data
@@ -30,11 +30,15 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
+from operator import mul
 from pathlib import Path
+from stat import S_ISREG
+from typing import TypeGuard
 
 from weightkit.checkpoint.dtypes import DTYPE_BITS, size_bytes
-from weightkit.checkpoint.json_file import DuplicateKeyError, object_without_duplicates
+from weightkit.checkpoint.json_file import repeated_key
 from weightkit.errors import HeaderError, MissingFileError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -42,6 +46,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DEPTH = 3
 #: Sizes and offsets beyond this are no real file's; it keeps products in range.
 MAX_SIZE = 1 << 62
+#: As many dimensions as an array may have in torch and numpy.
+MAX_DIMENSIONS = 64
 #: Where data starts is padded to this, so that O_DIRECT readers and writers find it aligned.
 ALIGNMENT = 4096
 
@@ -79,7 +85,7 @@ class ShapeError(HeaderError):
 
 
 class OffsetsError(HeaderError):
-    """Offsets that are no range, or lie outside the file."""
+    """Offsets that are no range of bytes."""
 
 
 class SizeError(HeaderError):
@@ -87,7 +93,7 @@ class SizeError(HeaderError):
 
 
 class OverlapError(HeaderError):
-    """Two tensors share bytes."""
+    """A tensor begins within another."""
 
 
 class GapError(HeaderError):
@@ -131,6 +137,8 @@ def read_header(path: Path) -> Header:
         HeaderError: one of its subclasses names the defect, with the tensor it concerns.
     """
     try:
+        if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise HeaderError("not a regular file", where=path)
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
@@ -183,23 +191,37 @@ def _parse_json(raw: bytes, where: object) -> dict[str, object]:
         raise HeaderTextError(f"the header is not UTF-8 at byte {exc.start}", where=where) from exc
     _check_depth(text, where)
     try:
-        fields = json.loads(text, object_pairs_hook=object_without_duplicates)
-    except DuplicateKeyError as exc:
-        raise DuplicateNameError(f"{str(exc)!r} stands twice", where=where) from exc
+        fields = json.loads(text, object_pairs_hook=_object)
     except ValueError as exc:
         raise HeaderTextError(f"the header is not JSON ({exc})", where=where) from exc
+    if isinstance(fields, _Repeated):
+        raise DuplicateNameError(f"{fields.key!r} stands twice", where=where)
     if not isinstance(fields, dict):
         raise HeaderTextError("the header is not a JSON object", where=where, found=type(fields).__name__)
     return fields
 
 
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    """An object that names ``key`` twice. It stands in for the object, so that the error can name the tensor."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | _Repeated:
+    fields = dict(pairs)
+    return fields if len(fields) == len(pairs) else _Repeated(repeated_key(pairs))
+
+
+# Each pattern passes over the text once, whatever it holds: an unfinished string ends with the text.
+_ESCAPE = re.compile(r"\\.", re.DOTALL)
+_STRING = re.compile(r'"[^"]*"?')
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
 
 
 def _check_depth(text: str, where: object) -> None:
     depth = 0
-    for bracket in _NO_BRACKET.sub("", _STRING.sub("", text)):
+    for bracket in _NO_BRACKET.sub("", _STRING.sub("", _ESCAPE.sub("", text))):
         depth += 1 if bracket in "[{" else -1
         if depth > MAX_DEPTH:
             raise HeaderDepthError(
@@ -208,24 +230,30 @@ def _check_depth(text: str, where: object) -> None:
 
 
 def _metadata(value: object, where: object) -> dict[str, str]:
+    if isinstance(value, _Repeated):
+        raise DuplicateNameError(f"__metadata__: {value.key!r} stands twice", where=where)
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise MetadataError("__metadata__ must map strings to strings", where=where)
     return value
 
 
 def _entry(name: str, value: object, where: object) -> Entry:
+    if not _is_unicode(name):
+        raise HeaderTextError(f"{name!r}: half of a surrogate pair in a name", where=where)
+    if isinstance(value, _Repeated):
+        raise DuplicateNameError(f"{name!r}: {value.key!r} stands twice", where=where)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        found = _short(sorted(value)) if isinstance(value, dict) else type(value).__name__
         raise EntryError(
             f"{name!r}: a malformed entry", where=where, expected="dtype, shape, data_offsets", found=found
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise DtypeError(
-            f"{name!r}: unknown dtype", where=where, expected="one of " + ", ".join(DTYPE_BITS), found=repr(dtype)
+            f"{name!r}: unknown dtype", where=where, expected="one of " + ", ".join(DTYPE_BITS), found=_short(dtype)
         )
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape) or prod(shape) > MAX_SIZE:
-        raise ShapeError(f"{name!r}: not a shape", where=where, expected="a list of sizes", found=str(shape)[:80])
+    if not _is_shape(shape):
+        raise ShapeError(f"{name!r}: not a shape", where=where, expected="a list of sizes", found=_short(shape))
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
@@ -233,7 +261,7 @@ def _entry(name: str, value: object, where: object) -> Entry:
         or offsets[0] > offsets[1]
     ):
         raise OffsetsError(
-            f"{name!r}: not a range of bytes", where=where, expected="[begin, end]", found=str(offsets)[:80]
+            f"{name!r}: not a range of bytes", where=where, expected="[begin, end]", found=_short(offsets)
         )
     begin, end = offsets
     if prod(shape) * DTYPE_BITS[dtype] % 8 or size_bytes(dtype, tuple(shape)) != end - begin:
@@ -246,6 +274,27 @@ def _entry(name: str, value: object, where: object) -> Entry:
     return Entry(name, dtype, tuple(shape), begin, end)
 
 
+def _is_shape(value: object) -> TypeGuard[list[int]]:
+    """Whether it is a list of sizes with a product in range: each product on the way too, as the library has it."""
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS or not all(map(_is_size, value)):
+        return False
+    return all(product <= MAX_SIZE for product in accumulate(value, mul))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: JSON's escapes can spell halves of surrogate pairs, too."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: object) -> str:
+    """The beginning of what may be a list of millions."""
+    return repr(value[:8] if isinstance(value, list) else value)[:80]
+
+
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_SIZE  # a bool is no size
 
@@ -253,9 +302,9 @@ def _is_size(value: object) -> bool:
 def _check_tiling(entries: list[Entry], data_bytes: int, where: object) -> None:
     position, previous = 0, None
     for entry in entries:
-        if entry.begin < position and entry.end > entry.begin:
+        if entry.begin < position:
             raise OverlapError(
-                f"{entry.name!r} and {previous!r} overlap",
+                f"{entry.name!r} begins within {previous!r}",
                 where=where,
                 expected=f"begin at {position:,}",
                 found=f"{entry.begin:,}",
@@ -267,7 +316,7 @@ def _check_tiling(entries: list[Entry], data_bytes: int, where: object) -> None:
                 expected=f"begin at {position:,}",
                 found=f"{entry.begin:,}",
             )
-        position, previous = max(position, entry.end), entry.name
+        position, previous = entry.end, entry.name
     if position > data_bytes:
         raise TruncatedError(
             f"{previous!r} and what precedes it need more data than the file has",

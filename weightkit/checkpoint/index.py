@@ -31,14 +31,29 @@ def read_index(path: Path) -> Index:
             raise IndexFileError(f"{name!r}: not a file name beside the index", where=path, found=repr(file))
     metadata = value.get("metadata", {})
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if total is not None and (isinstance(total, bool) or not isinstance(total, int | float) or total != int(total)):
+    if total is not None and not _is_whole(total):
         raise IndexFileError("metadata.total_size is no number of bytes", where=path, found=repr(total))
     return Index(weight_map, None if total is None else int(total))
 
 
+def _is_whole(value: object) -> bool:
+    """Some tools write whole floats; JSON as Python reads it has Infinity and NaN, too."""
+    return type(value) is int or (isinstance(value, float) and value.is_integer())
+
+
 def is_file_name(name: str) -> bool:
     """Whether ``name`` is one path component that stays in its folder, on any system."""
-    return bool(name) and name not in (".", "..") and not any(c in "/\\" or ord(c) < 32 for c in name)
+    return bool(name) and name not in (".", "..") and not any(c in "/\\" or not _is_written(c) for c in name)
+
+
+def is_relative_path(name: str) -> bool:
+    """Whether ``name`` is a path with slashes that stays below its folder, on any system."""
+    return all(map(is_file_name, name.split("/")))
+
+
+def _is_written(character: str) -> bool:
+    """Neither a control character nor half of a surrogate pair, which no path can be made from."""
+    return ord(character) >= 32 and not 0xD800 <= ord(character) < 0xE000
 
 
 def index_bytes(weight_map: Mapping[str, str], total_size: int) -> bytes:

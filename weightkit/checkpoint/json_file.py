@@ -21,9 +21,14 @@ def object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obje
     """``object_pairs_hook`` for ``json.loads`` that refuses duplicate keys."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise DuplicateKeyError(next(key for key, count in counts.items() if count > 1))
+        raise DuplicateKeyError(repeated_key(pairs))
     return result
+
+
+def repeated_key(pairs: list[tuple[str, object]]) -> str:
+    """The first key that stands twice or more."""
+    counts = Counter(key for key, _ in pairs)
+    return next(key for key, count in counts.items() if count > 1)
 
 
 def read_json_object(path: Path, error: type[FormatError] = FormatError) -> dict[str, object]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from weightkit.checkpoint.folder import LOCK_NAME
+from weightkit.checkpoint.index import is_relative_path
 from weightkit.checkpoint.json_file import json_bytes, read_json_object
 from weightkit.errors import FormatError
 
@@ -54,12 +55,8 @@ def read_lock(folder: Path) -> Lock | None:
 
 
 def _locked_file(name: str, entry: object, where: Path) -> LockedFile:
-    if isinstance(entry, dict) and entry.keys() == {"size_bytes", "sha256"}:
+    if isinstance(entry, dict) and entry.keys() == {"size_bytes", "sha256"} and is_relative_path(name):
         size, sha256 = entry["size_bytes"], entry["sha256"]
-        if type(size) is int and isinstance(sha256, str) and _SHA256.fullmatch(sha256) and not _leaves_folder(name):
+        if type(size) is int and size >= 0 and isinstance(sha256, str) and _SHA256.fullmatch(sha256):
             return LockedFile(size, sha256)
     raise FormatError(f"{name!r}: a damaged entry", where=where, expected="a relative path with size_bytes and sha256")
-
-
-def _leaves_folder(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/") or "\\" in name

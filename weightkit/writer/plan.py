@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weightkit.checkpoint import build_header
 from weightkit.checkpoint.folder import SideFile
-from weightkit.checkpoint.index import INDEX_NAME, index_bytes, is_file_name
+from weightkit.checkpoint.index import INDEX_NAME, index_bytes, is_file_name, is_relative_path
 from weightkit.checkpoint.reading import Stamp
 from weightkit.checkpoint.tensors import (
     Cast,
@@ -125,7 +125,7 @@ def make_plan(files: FileSet, target: str | Path) -> Plan:
     target = Path(target)
     _require_apart(target, Path(files.root))
     bad = [name for name in files.files if not is_file_name(name)] + [
-        name for name in files.side_files if not _is_relative(name)
+        name for name in files.side_files if not is_relative_path(name)
     ]
     if bad or not files.files:
         raise PlanError(
@@ -155,7 +155,3 @@ def _require_apart(target: Path, root: Path) -> None:
             found=f"source {source}",
             fix="Name another target.",
         )
-
-
-def _is_relative(name: str) -> bool:
-    return all(is_file_name(part) for part in name.split("/"))
