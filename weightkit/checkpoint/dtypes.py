@@ -48,3 +48,10 @@ def itemsize(dtype: str) -> int:
 def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor."""
     return prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a row of ``shape``. Raises ``UnsupportedError`` for rows that end within a byte."""
+    if prod(shape) * DTYPE_BITS[dtype] % 8:
+        raise UnsupportedError(f"{dtype} elements are narrower than a byte, and rows of {list(shape)} end within one")
+    return size_bytes(dtype, shape)

@@ -65,11 +65,14 @@ class Reader:
             self._files.clear()
 
     def read_range(self, path: str, offset: int, out: Bytes) -> None:
-        """Fill ``out`` (contiguous) from byte ``offset`` of a file. Raises ``FormatError`` where the file ends
-        early."""
+        """Fill ``out`` (contiguous) from byte ``offset`` of a file. Raises ``FormatError`` where the file ends early or
+        cannot be read."""
         file, done, view = self._open(path), 0, out.data
         while done < len(view):
-            count = os.preadv(file, [view[done:]], offset + done)
+            try:
+                count = os.preadv(file, [view[done:]], offset + done)
+            except OSError as exc:
+                raise _unreadable(path, exc) from exc
             if count == 0:
                 raise FormatError(
                     "the file ends early",
@@ -136,7 +139,7 @@ class Reader:
             except FileNotFoundError as exc:
                 raise MissingFileError("no such file", where=path) from exc
             except OSError as exc:
-                raise FormatError(f"cannot be read ({exc.strerror})", where=path) from exc
+                raise _unreadable(path, exc) from exc
             stamp, expected = Stamp.of(os.fstat(file)), self._stamps.get(path)
             if expected is not None and stamp != expected:
                 os.close(file)
@@ -149,6 +152,10 @@ class Reader:
                 )
             self._files[path] = file
             return file
+
+
+def _unreadable(path: str, error: OSError) -> FormatError:
+    return FormatError(f"cannot be read ({error.strerror})", where=path)
 
 
 def stamp_file(path: Path) -> Stamp:

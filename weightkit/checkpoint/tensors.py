@@ -143,7 +143,7 @@ def narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
         return tensor
     match tensor:
         case Stored(path, offset, dtype, shape) if dim == 0:
-            row_bytes = dtypes.size_bytes(dtype, shape[1:])
+            row_bytes = dtypes.row_bytes(dtype, shape[1:])
             return Stored(path, offset + start * row_bytes, dtype, (length, *shape[1:]))
         case Narrow(source, inner, begin, _) if inner == dim:
             return narrow(source, dim, begin + start, length)
@@ -190,8 +190,9 @@ def concat(parts: Sequence[LazyTensor], dim: int) -> LazyTensor:
     if not parts:
         raise ValueError("nothing to join")
     first = parts[0]
-    for part in parts[1:]:
-        if part.dtype != first.dtype or _resized(part.shape, dim, 0) != _resized(first.shape, dim, 0):
+    for part in parts:
+        like_first = part.dtype == first.dtype and len(part.shape) == len(first.shape) > dim
+        if not like_first or _resized(part.shape, dim, 0) != _resized(first.shape, dim, 0):
             raise ValueError(
                 f"{part.dtype} {part.shape} does not join {first.dtype} {first.shape} along dimension {dim}"
             )
@@ -217,6 +218,12 @@ def _join(left: LazyTensor, right: LazyTensor, dim: int) -> LazyTensor | None:
             left.source == right.source and left.dim == right.dim == dim and left.start + left.length == right.start
         ):
             return narrow(left.source, dim, left.start, left.length + right.length)
+        case Narrow(), Narrow() if left.dim == right.dim != dim and (left.start, left.length) == (
+            right.start,
+            right.length,
+        ):
+            whole = _join(left.source, right.source, dim)
+            return None if whole is None else narrow(whole, left.dim, left.start, left.length)
         case Dequantized(), Dequantized() if left.dtype == right.dtype and left.shape[dim] % FP8_BLOCK == 0:
             weight = concat([left.weight, right.weight], dim)
             return Dequantized(weight, concat([left.scale, right.scale], dim), left.dtype)
