@@ -22,17 +22,20 @@ _HOMES = {
     "Checkpoint": "weightkit.checkpoint",
     "WeightkitError": "weightkit.errors",
     "cast": "weightkit.transforms",
+    "inspect": "weightkit.examine",
     "keep_experts": "weightkit.transforms",
     "merge": "weightkit.transforms",
     "open_checkpoint": "weightkit.layouts",
     "shard": "weightkit.transforms",
     "strip_mtp": "weightkit.transforms",
+    "verify": "weightkit.examine",
     "write": "weightkit.writer",
 }
 
 if TYPE_CHECKING:
     from weightkit.checkpoint import Checkpoint
     from weightkit.errors import WeightkitError
+    from weightkit.examine import inspect, verify
     from weightkit.layouts import open_checkpoint
     from weightkit.transforms import cast, keep_experts, merge, shard, strip_mtp
     from weightkit.writer import write
@@ -41,11 +44,13 @@ __all__ = [
     "Checkpoint",
     "WeightkitError",
     "cast",
+    "inspect",
     "keep_experts",
     "merge",
     "open_checkpoint",
     "shard",
     "strip_mtp",
+    "verify",
     "write",
 ]
 

@@ -1,0 +1,89 @@
+"""The small files beside the weights: code that the config names, tokenizer, JSON that must parse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from weightkit.checkpoint.folder import CONFIG_NAME
+from weightkit.checkpoint.json_file import read_json_object, strings
+from weightkit.errors import FormatError, MissingFileError, WeightkitError
+from weightkit.examine.survey import attempt
+from weightkit.layouts.ranks import DEMO_CONFIG_NAME
+
+JSON_NAMES = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", DEMO_CONFIG_NAME)
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
+TEMPLATE_NAME = "chat_template.jinja"
+MAX_CODE_BYTES = 16 << 20
+_RELATIVE_IMPORT = re.compile(r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import", re.MULTILINE)
+
+
+def side_problems(folder: Path, config: Mapping[str, object] | None) -> tuple[list[WeightkitError], list[str]]:
+    """Defects, and what is missing without being one.
+
+    Args:
+        config: the folder's own config, where it could be read.
+    """
+    problems: list[WeightkitError] = []
+    contents: dict[str, Mapping[str, object]] = {} if config is None else {CONFIG_NAME: config}
+    for name in JSON_NAMES:
+        path = folder / name
+        if path.exists():
+            value = _read_json(path)
+            if isinstance(value, WeightkitError):
+                problems.append(value)
+            else:
+                contents[name] = value
+    problems += _code_problems(folder, contents)
+    return problems, list(_notes(folder, contents.get("tokenizer_config.json", {})))
+
+
+def _read_json(path: Path) -> Mapping[str, object] | WeightkitError:
+    if not path.is_file():
+        return FormatError("not a file", where=path)
+    return attempt(lambda: read_json_object(path), path)
+
+
+def _notes(folder: Path, tokenizer_config: Mapping[str, object]) -> Iterator[str]:
+    if not any((folder / name).is_file() for name in TOKENIZER_NAMES):
+        yield f"no tokenizer ({', '.join(TOKENIZER_NAMES)}): weights alone generate no text"
+    elif "chat_template" not in tokenizer_config and not (folder / TEMPLATE_NAME).is_file():
+        yield f"no chat template, neither in tokenizer_config.json nor as {TEMPLATE_NAME}"
+
+
+def _code_problems(folder: Path, contents: Mapping[str, Mapping[str, object]]) -> Iterator[WeightkitError]:
+    """Each module that an ``auto_map`` names, and each that those modules import from beside them."""
+    named = {module: name for name, content in contents.items() for module in _modules(content.get("auto_map"))}
+    waiting = list(named)
+    while waiting:
+        module = waiting.pop()
+        path = folder / f"{module}.py"
+        if not path.is_file():
+            yield MissingFileError(
+                "a code file that is named is not there",
+                where=path,
+                expected=f"there, as {named[module]} names it",
+                found="no such file",
+                fix="Fetch it from the published repository: without it the checkpoint does not load there.",
+            )
+            continue
+        for imported in _imports(path):
+            if imported not in named:
+                named[imported] = path.name
+                waiting.append(imported)
+
+
+def _modules(auto_map: object) -> Iterator[str]:
+    """``modeling_deepseek`` of ``modeling_deepseek.DeepseekV3ForCausalLM``; code in other repositories (``owner/name--
+    module.Class``) is not looked for."""
+    for target in strings(auto_map):
+        module, dot, _ = target.partition(".")
+        if dot and module.isidentifier():
+            yield module
+
+
+def _imports(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        text = file.read(MAX_CODE_BYTES).decode("utf-8", "replace")
+    return sorted(set(_RELATIVE_IMPORT.findall(text)))

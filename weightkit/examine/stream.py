@@ -1,0 +1,158 @@
+"""Files read once, from front to back, for several purposes: checksum, values, replicas. A thread owns a file.
+
+Memory is ``CHUNK_BYTES`` a thread, whatever the files' sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from weightkit.checkpoint import Entry, Header
+from weightkit.checkpoint.dtypes import DTYPE_BITS
+from weightkit.checkpoint.reading import Bytes
+from weightkit.errors import FormatError, WeightkitError
+from weightkit.examine.survey import FETCH
+from weightkit.progress import Progress
+
+CHUNK_BYTES = 4 << 20
+#: The kernel is asked for so much ahead of what is being hashed, so that disk and core work at once.
+AHEAD_BYTES = 4 * CHUNK_BYTES
+#: Beyond the cores, threads help no more; beyond this, no disk does.
+MAX_JOBS = 64
+
+
+class Consumer(Protocol):
+    """What is done with a file's bytes."""
+
+    def feed(self, offset: int, chunk: Bytes) -> None:
+        """The bytes at ``offset`` of the file; the array is overwritten afterwards."""
+        ...
+
+    def finish(self) -> Iterable[WeightkitError]:
+        """After the last byte: what is wrong."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A file to be read.
+
+    Attributes:
+        spans: [start, stop) byte ranges, ascending.
+        header: where it is given, no chunk ends inside an element.
+    """
+
+    path: Path
+    spans: Sequence[tuple[int, int]]
+    consumers: Sequence[Consumer]
+    header: Header | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
+
+
+def default_jobs() -> int:
+    """Threads where the user names no number: the usable cores."""
+    return min(MAX_JOBS, len(os.sched_getaffinity(0)))
+
+
+def read_all(readings: Sequence[Reading], *, jobs: int | None, desc: str, progress: bool) -> list[WeightkitError]:
+    """Feed every file to its consumers, largest first; what they and the reading itself found, in the order given.
+
+    Ctrl-C stops all threads within a chunk and is raised again.
+    """
+    stop = threading.Event()
+    bar = Progress(sum(reading.size_bytes for reading in readings), desc, shown=progress, parts=len(readings))
+
+    def work(reading: Reading) -> list[WeightkitError]:
+        try:
+            _read(reading, bar, stop)
+        except WeightkitError as problem:
+            return [problem]
+        except OSError as exc:
+            return [FormatError(f"cannot be read ({exc.strerror})", where=reading.path)]
+        bar.part_done()
+        return [problem for consumer in reading.consumers for problem in consumer.finish()]
+
+    order = sorted(range(len(readings)), key=lambda number: -readings[number].size_bytes)
+    with bar, ThreadPoolExecutor(jobs or default_jobs()) as pool:
+        futures = {number: pool.submit(work, readings[number]) for number in order}
+        try:
+            while wait(futures.values(), timeout=0.2).not_done:
+                pass  # waking often, so that Ctrl-C is seen
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        return [problem for number in range(len(readings)) for problem in futures[number].result()]
+
+
+def _read(reading: Reading, bar: Progress, stop: threading.Event) -> None:
+    file = os.open(reading.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        buffer = np.empty(min(CHUNK_BYTES, max((end - at for at, end in reading.spans), default=0)), np.uint8)
+        for offset, length in _chunks(reading):
+            if stop.is_set():
+                return
+            os.posix_fadvise(file, offset + length, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            chunk = buffer[:length]
+            _fill(file, offset, chunk, reading.path)
+            for consumer in reading.consumers:
+                consumer.feed(offset, chunk)
+            bar.add(length)
+    finally:
+        os.close(file)
+
+
+def _chunks(reading: Reading) -> Iterator[tuple[int, int]]:
+    """Offset and length of each read: at most ``CHUNK_BYTES``, and no element in two of them."""
+    header = reading.header
+    begins = [] if header is None else [header.data_offset + entry.begin for entry in header.entries]
+    for start, stop in reading.spans:
+        while start < stop:
+            end = min(start + CHUNK_BYTES, stop)
+            if header is not None and end < stop and (number := bisect_right(begins, end) - 1) >= 0:
+                end -= (end - begins[number]) % max(1, DTYPE_BITS[header.entries[number].dtype] // 8)
+            yield start, end - start
+            start = end
+
+
+def _fill(file: int, offset: int, chunk: Bytes, path: Path) -> None:
+    view, done = chunk.data, 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], offset + done)
+        if count == 0:
+            raise FormatError("the file ends early", where=path, found=f"{offset + done:,} bytes", fix=FETCH)
+        done += count
+
+
+class Pieces:
+    """Which tensors a chunk holds parts of."""
+
+    def __init__(self, header: Header) -> None:
+        self._entries = header.entries
+        self._base = header.data_offset
+        self._ends = [header.data_offset + entry.end for entry in header.entries]
+
+    def of(self, offset: int, chunk: Bytes) -> Iterator[tuple[Entry, int, Bytes]]:
+        """Entry, offset in its bytes, and bytes, for each tensor that the chunk at ``offset`` of the file touches."""
+        stop = offset + len(chunk)
+        for number in range(bisect_right(self._ends, offset), len(self._entries)):
+            entry = self._entries[number]
+            begin = self._base + entry.begin
+            if begin >= stop:
+                return
+            low, high = max(begin, offset), min(self._ends[number], stop)
+            if low < high:
+                yield entry, low - begin, chunk[low - offset : high - offset]
