@@ -44,7 +44,7 @@ QUANTIZED_FROM = 0.8
 QUESTION_WEIGHT = 0.1
 MTP_WEIGHT = 0.3
 BIAS_STEP = 1e-3
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY = 0.2
 LOG_EVERY_S = 5.0
 #: Rows kept on the device; fresh ones replace the oldest.
 POOL_ROWS = 1 << 20
