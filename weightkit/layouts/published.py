@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from weightkit.checkpoint import INDEX_NAME, Checkpoint, Index, read_index
+from weightkit.checkpoint import INDEX_NAME, Checkpoint, read_index
 from weightkit.checkpoint.checkpoint import stored_tensors
 from weightkit.checkpoint.folder import side_files
 from weightkit.checkpoint.tensors import LazyTensor, Stored, size_bytes
-from weightkit.errors import WeightkitError, raise_all
+from weightkit.errors import raise_all
 from weightkit.layouts.fileset import FileSet, file_set
-from weightkit.layouts.scan import Scan, index_problems, scan_files
+from weightkit.layouts.scan import Scan, placement_problems, scan_files
 
 #: The size that the published shards have.
 SHARD_BYTES = 5_000_000_000
@@ -24,17 +24,11 @@ def open_published(folder: Path, config: Mapping[str, object]) -> Checkpoint:
     """Open a folder with an index. Raises the problems of index and files, all together."""
     index = read_index(folder / INDEX_NAME)
     scan = scan_files(folder, dict.fromkeys(index.weight_map.values()))
-    problems = [*scan.problems, *fatal_problems(scan, index, folder)]
+    # A wrong total_size keeps nobody from reading.
+    problems = [*scan.problems, *placement_problems(scan, index, folder / INDEX_NAME)]
     raise_all("not a whole checkpoint", problems, where=folder, fix=f"weightkit verify {folder} lists all of it.")
     placement = {entry.name: name for name, header in scan.headers.items() for entry in header.entries}
     return Checkpoint(folder, "published", _tensors(scan), config, side_files(folder), placement, scan.stamps)
-
-
-def fatal_problems(scan: Scan, index: Index, folder: Path) -> list[WeightkitError]:
-    """Where index and headers contradict each other about tensors. A wrong ``total_size`` alone keeps nobody from
-    reading."""
-    path = folder / INDEX_NAME
-    return [problem for problem in index_problems(scan, index, path) if "total_size" not in problem.what]
 
 
 def open_single(path: Path, config: Mapping[str, object]) -> Checkpoint:

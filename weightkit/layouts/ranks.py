@@ -7,7 +7,7 @@ whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from weightkit.checkpoint.checkpoint import stored_tensors
 from weightkit.checkpoint.folder import SideFile, side_files
 from weightkit.checkpoint.json_file import json_bytes
 from weightkit.checkpoint.tensors import LazyTensor, Stored, concat, narrow
-from weightkit.errors import CheckpointError, MissingTensorError, WeightkitError, raise_all
+from weightkit.errors import CheckpointError, MissingTensorError, TensorError, WeightkitError, raise_all
 from weightkit.family import (
     Architecture,
     Expected,
@@ -24,11 +24,14 @@ from weightkit.family import (
     demo_arguments,
     expert_ranges,
     in_demo,
+    is_mtp,
     require_mp,
     to_demo,
     to_published,
 )
+from weightkit.layouts.declare import declare_no_mtp, without_stale_fp8
 from weightkit.layouts.fileset import FileSet, file_set
+from weightkit.layouts.fit import unfit
 from weightkit.layouts.scan import scan_files
 
 #: The demo's own arguments, for its ``--config``.
@@ -73,12 +76,23 @@ def open_ranks(folder: Path, config: Mapping[str, object]) -> Checkpoint:
     raise_all(
         "not a whole set of ranks", scan.problems, where=folder, fix="Write the set again, or copy what is missing."
     )
+    headers = [scan.headers[name] for name in sets[0].names()]
+    config = _true_of_ranks(config, folder, headers)
     expected = blueprint(Architecture.from_config(config, where=str(folder / "config.json")))
-    tensors, problems = gather(folder, [scan.headers[name] for name in sets[0].names()], sets[0], expected)
-    raise_all("the ranks do not fit together", problems, where=folder)
+    tensors, problems = gather(folder, headers, sets[0], expected)
+    raise_all("the ranks do not fit together", problems or list(unfit(tensors, expected)), where=folder)
     ordered = {name: tensors[name] for name in expected if name in tensors}
     layout = f"{sets[0].size} {sets[0].kind} ranks"
     return Checkpoint(folder, layout, ordered, config, _side_files(folder), {}, scan.stamps)
+
+
+def _true_of_ranks(config: Mapping[str, object], folder: Path, headers: list[Header]) -> Mapping[str, object]:
+    """The published config, as it is true of these files: rank files leave MTP layers out."""
+    stored = [tensor for header in headers for tensor in stored_tensors(folder, header).values()]
+    arch = Architecture.from_config(config, where=str(folder / "config.json"))
+    if not any(is_mtp(entry.name, arch) for header in headers for entry in header.entries):
+        config = declare_no_mtp(config)
+    return without_stale_fp8(config, stored)
 
 
 def _side_files(folder: Path) -> dict[str, SideFile]:
@@ -108,11 +122,14 @@ def gather(
 
 def _join(name: str, parts: Mapping[int, Stored], ranks: int, expected: Expected) -> LazyTensor:
     if expected.expert is not None and len(parts) == 1:
-        return next(iter(parts.values()))
+        (part,) = parts.values()
+        if part.shape != expected.shape:
+            raise _wrong_shape(name, [part], expected)
+        return part
     missing = [rank for rank in range(ranks) if rank not in parts]
     if missing:
         raise MissingTensorError(
-            f"{name}: not on every rank", expected=f"on {ranks} ranks", found=f"not on {missing[:8]}"
+            "not on every rank", where=name, expected=f"on {ranks} ranks", found=f"not on {missing[:8]}"
         )
     ordered = [parts[rank] for rank in range(ranks)]
     if all(part.shape == expected.shape for part in ordered):
@@ -121,11 +138,15 @@ def _join(name: str, parts: Mapping[int, Stored], ranks: int, expected: Expected
         try:
             joined = concat(ordered, expected.split_dim)
         except ValueError as exc:
-            raise CheckpointError(f"{name}: its parts do not join ({exc})") from exc
+            raise TensorError(f"its parts do not join ({exc})", where=name) from exc
         if joined.shape == expected.shape:
             return joined
-    shapes = sorted({str(list(part.shape)) for part in ordered})
-    raise CheckpointError(f"{name}: wrong shape on the ranks", expected=list(expected.shape), found=", ".join(shapes))
+    raise _wrong_shape(name, ordered, expected)
+
+
+def _wrong_shape(name: str, parts: Sequence[Stored], expected: Expected) -> TensorError:
+    shapes = sorted({str(list(part.shape)) for part in parts})
+    return TensorError("wrong shape on the ranks", where=name, expected=list(expected.shape), found=", ".join(shapes))
 
 
 def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
@@ -133,7 +154,7 @@ def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
 
     Raises ``PlanError`` where the degree does not divide it, with the legal ones.
     """
-    arch = Architecture.from_config(checkpoint.config)
+    arch = _architecture(checkpoint)
     require_mp(arch, mp, fp8="F8_E4M3" in checkpoint.dtypes)
     owners = {expert: rank for rank, owned in enumerate(expert_ranges(arch.n_routed_experts, mp)) for expert in owned}
 
@@ -150,13 +171,17 @@ def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
 
 def lay_out_expert_ranks(checkpoint: Checkpoint, ep: int) -> FileSet:
     """The routed experts over ``ep`` ranks, as evenly as they divide; everything else whole on each."""
-    arch = Architecture.from_config(checkpoint.config)
+    arch = _architecture(checkpoint)
     owners = {expert: rank for rank, owned in enumerate(expert_ranges(arch.n_routed_experts, ep)) for expert in owned}
 
     def share(tensor: LazyTensor, expected: Expected, rank: int) -> LazyTensor | None:
         return tensor if expected.expert is None or owners[expected.expert] == rank else None
 
     return _lay_out(checkpoint, arch, RankSet("ep", ep), share)
+
+
+def _architecture(checkpoint: Checkpoint) -> Architecture:
+    return Architecture.from_config(without_stale_fp8(checkpoint.config, checkpoint.tensors.values()))
 
 
 Share = Callable[[LazyTensor, Expected, int], LazyTensor | None]
@@ -166,11 +191,14 @@ def _lay_out(checkpoint: Checkpoint, arch: Architecture, ranks: RankSet, share: 
     """A file for each rank, tensors in the checkpoint's order, which reads each source file from front to back."""
     expected = blueprint(arch)
     unknown = [name for name in checkpoint.tensors if name not in expected or expected[name].mtp]
+    problems: list[WeightkitError] = [
+        TensorError("an MTP layer's, or not one that the config calls for", where=name) for name in unknown
+    ]
     raise_all(
-        "tensors that have no place in rank files",
-        [CheckpointError("an MTP layer's, or not one that the config calls for", where=name) for name in unknown],
+        "cannot be laid out in rank files",
+        problems + list(unfit(checkpoint.tensors, expected)),
         where=checkpoint.root,
-        fix="weightkit strip takes the MTP layers out.",
+        fix=f"weightkit verify {checkpoint.root} tells more.",
     )
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if in_demo(expected[name])}
     files: dict[str, dict[str, LazyTensor]] = {}

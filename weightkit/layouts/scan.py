@@ -51,6 +51,11 @@ def scan_files(folder: Path, names: Iterable[str]) -> Scan:
 
 def index_problems(scan: Scan, index: Index, index_path: Path) -> list[WeightkitError]:
     """The index held against the headers, both ways, and its ``total_size``."""
+    return [*placement_problems(scan, index, index_path), *total_size_problems(scan, index, index_path)]
+
+
+def placement_problems(scan: Scan, index: Index, index_path: Path) -> list[WeightkitError]:
+    """Where index and headers contradict each other about which file holds which tensor."""
     problems: list[WeightkitError] = []
     holders: dict[str, str] = {}
     for file, header in scan.headers.items():
@@ -72,6 +77,12 @@ def index_problems(scan: Scan, index: Index, index_path: Path) -> list[Weightkit
     for name, file in holders.items():
         if name not in index.weight_map:
             problems.append(IndexFileError(f"{name}: in {file}, but not in the index", where=index_path))
+    return problems
+
+
+def total_size_problems(scan: Scan, index: Index, index_path: Path) -> list[WeightkitError]:
+    """A ``total_size`` that is missing or not true; it is not judged where files are missing."""
+    problems: list[WeightkitError] = []
     if index.total_size is None:
         problems.append(IndexFileError("metadata.total_size is missing", where=index_path))
     elif not scan.problems:

@@ -9,13 +9,14 @@ from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.dtypes import FLOAT_DTYPES
 from weightkit.checkpoint.tensors import LazyTensor, cast_to, dequantize
 from weightkit.errors import PlanError, ScaleError, UnsupportedError, WeightkitError, raise_all
-from weightkit.transforms.declare import declare_dtype
+from weightkit.family import Architecture
+from weightkit.layouts.declare import declare_dtype
 
 SCALE_SUFFIX = "_scale_inv"
-#: Changed by a cast. F32 is not: what the hubs publish in F32 (router biases) is meant to stay so.
+#: Changed by a cast. F32 is not: what the hubs publish in F32 (router biases) is meant to stay so. No member has any
+#: integers: where there are some, they are codes of a quantization, which mean nothing without it.
 WEIGHT_DTYPES = frozenset(("BF16", "F16"))
-#: Never touched: indices and counters.
-KEPT_DTYPES = frozenset(("F32", "I32", "I64", "U8", "BOOL"))
+KEPT_DTYPES = frozenset(("F32",))
 
 
 def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
@@ -26,13 +27,15 @@ def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
 
     Raises:
         PlanError: an unknown dtype.
+        ConfigError: not a member of the family.
         ScaleError: an FP8 weight without a scale, a scale without a weight, or one that does not fit; all of them at
             once.
-        UnsupportedError: a dtype that no cast is defined for, such as packed FP4 in I8.
+        UnsupportedError: a dtype that no cast is defined for, such as packed FP4 in I8, or another quantization.
     """
     if to not in FLOAT_DTYPES:
         raise PlanError("unknown dtype", where="--to", expected=", ".join(FLOAT_DTYPES), found=repr(to))
     dtype = FLOAT_DTYPES[to]
+    _require_known_quantization(checkpoint)
     tensors: dict[str, LazyTensor] = {}
     problems: list[WeightkitError] = []
     for name, tensor in checkpoint.tensors.items():
@@ -44,6 +47,18 @@ def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
             problems.append(problem)
     raise_all(f"cannot be cast to {to}", problems, where=checkpoint.root)
     return replace(checkpoint, tensors=tensors, config=declare_dtype(checkpoint.config, dtype))
+
+
+def _require_known_quantization(checkpoint: Checkpoint) -> None:
+    quantization = Architecture.from_config(checkpoint.config).quantization
+    if quantization is not None and not quantization.is_fp8:
+        raise UnsupportedError(
+            "no cast is defined for this quantization",
+            where=f"{checkpoint.root}: quantization_config",
+            expected="fp8, or none",
+            found=quantization.method,
+            fix="Cast the FP8 or BF16 repository of this model.",
+        )
 
 
 def is_scale(name: str, tensors: Mapping[str, LazyTensor]) -> bool:

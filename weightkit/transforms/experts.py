@@ -12,6 +12,8 @@ from weightkit.checkpoint.json_file import read_json_object
 from weightkit.checkpoint.tensors import LazyTensor, concat, narrow
 from weightkit.errors import FormatError, PlanError, WeightkitError, raise_all
 from weightkit.family import Architecture, Expected, Role, blueprint, legal_expert_counts, rename_expert
+from weightkit.layouts.declare import without_stale_fp8
+from weightkit.layouts.fit import unfit
 
 #: A layer's kept expert ids, ascending; they are renumbered from 0 in this order.
 Kept = Mapping[int, Sequence[int]]
@@ -30,7 +32,7 @@ def keep_experts(checkpoint: Checkpoint, count: int, *, kept: Kept | None = None
             layer's, an
             equal number from each group; all problems at once.
     """
-    arch = Architecture.from_config(checkpoint.config)
+    arch = Architecture.from_config(without_stale_fp8(checkpoint.config, checkpoint.tensors.values()))
     legal = legal_expert_counts(arch)
     if count not in legal:
         shown = ", ".join(map(str, legal)) if len(legal) <= 40 else f"{legal[0]}, {legal[1]}, ... {legal[-1]}"
@@ -41,6 +43,7 @@ def keep_experts(checkpoint: Checkpoint, count: int, *, kept: Kept | None = None
             found=count,
         )
     expected = blueprint(arch)
+    raise_all("experts cannot be taken out", list(unfit(checkpoint.tensors, expected)), where=checkpoint.root)
     present = {item.layer for name, item in expected.items() if item.expert is not None and name in checkpoint.tensors}
     layers = sorted(layer for layer in present if layer is not None)
     chosen = (

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from weightkit.checkpoint import Checkpoint
 from weightkit.family import Architecture, is_mtp
-
-MTP_FIELD = "num_nextn_predict_layers"
+from weightkit.layouts.declare import declare_no_mtp
 
 
 def strip_mtp(checkpoint: Checkpoint) -> Checkpoint:
@@ -17,7 +16,4 @@ def strip_mtp(checkpoint: Checkpoint) -> Checkpoint:
     """
     arch = Architecture.from_config(checkpoint.config)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_mtp(name, arch)}
-    config = dict(checkpoint.config)
-    if MTP_FIELD in config:
-        config[MTP_FIELD] = 0
-    return replace(checkpoint, tensors=tensors, config=config)
+    return replace(checkpoint, tensors=tensors, config=declare_no_mtp(checkpoint.config))
