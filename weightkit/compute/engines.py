@@ -6,7 +6,9 @@ share it.
 
 from __future__ import annotations
 
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -126,13 +128,20 @@ class CudaEngine:
 
 def choose_engine(device: DeviceName = "auto") -> Engine:
     """The engine for ``--device``: ``auto`` takes a GPU where there is one. Raises ``DeviceError``."""
-    if device == "cpu":
+    if device == "cpu" or (device == "auto" and not _has_driver()):
         return CpuEngine()
     import torch
 
     if device == "auto" and not torch.cuda.is_available():
         return CpuEngine()
     return CudaEngine()
+
+
+def _has_driver() -> bool:
+    """Whether a GPU's driver is there. Asked before torch, whose import takes as long as casting some gigabytes."""
+    if sys.platform != "linux":
+        return True
+    return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def _cast(values: Bytes, source: str, dtype: str) -> Bytes:

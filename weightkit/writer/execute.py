@@ -31,7 +31,9 @@ from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, AppendStream
 from weightkit.writer.target import PARTIAL, clear_target, inspect_target, only_writer, require_memory, require_space
 
 #: Largest piece that is evaluated at once; bounds the memory of a worker.
-STRIP_BYTES = 16 << 20
+STRIP_BYTES = 8 << 20
+#: A worker's next reads, which the disk is to begin with: 16 MB were as good as 64.
+AHEAD_BYTES = 16 << 20
 #: Longest run that is copied in one go.
 COPY_BYTES = 64 << 20
 #: A file's progress is made durable this often; a stop by kill -9 loses at most so much of each file in work.
@@ -119,7 +121,7 @@ def execute(
         if force:
             clear_target(plan.target)
         bar = ProgressBar(plan.bytes_written, plan.target.name, shown=progress, parts=len(plan.files))
-        with Reader(plan.stamps) as reader, bar:
+        with Reader(plan.stamps, ahead_bytes=AHEAD_BYTES) as reader, bar:
             run = _Run(plan, reader, engine or CpuEngine(), bar, dict(state.files))
             run.write_files(jobs or default_jobs())
             run.seal()
