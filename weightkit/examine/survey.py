@@ -24,6 +24,7 @@ from weightkit.layouts.scan import Scan, index_problems, scan_files, unlisted_fi
 
 Result = TypeVar("Result")
 FETCH = "Fetch the file again."
+FETCH_INDEX = "Fetch the index again; if that does not help, the file too."
 #: No checkpoint is cut into more; a file's name alone must not make a list of 10^12 names.
 MAX_RANKS = 4096
 
@@ -115,7 +116,7 @@ def _survey_published(folder: Path) -> Survey:
     if not isinstance(index, Index):
         return _survey_files(folder, _weight_files(folder), "published", [*problems, index])
     scan = scan_safely(folder, dict.fromkeys(index.weight_map.values()))
-    problems += [*scan.problems, *index_problems(scan, index, path)]
+    problems += [*scan.problems, *_with_fix(index_problems(scan, index, path), FETCH_INDEX)]
     problems += [
         CheckpointError(
             "a safetensors file that the index does not name",
@@ -182,7 +183,14 @@ def scan_safely(folder: Path, names: Iterable[str]) -> Scan:
     """``scan_files`` for names from a hostile index: pipes and devices, which would be waited for, are not opened."""
     refused = {name: problem for name in names if (problem := _refusal(folder / name)) is not None}
     scan = scan_files(folder, [name for name in names if name not in refused])
-    return Scan(folder, scan.headers, scan.stamps, (*refused.values(), *scan.problems))
+    return Scan(folder, scan.headers, scan.stamps, tuple(_with_fix([*refused.values(), *scan.problems], FETCH)))
+
+
+def _with_fix(problems: list[WeightkitError], fix: str) -> list[WeightkitError]:
+    """The problems, each with a next step: its own, or this one."""
+    for problem in problems:
+        problem.fix = problem.fix or fix
+    return problems
 
 
 def _refusal(path: Path) -> WeightkitError | None:

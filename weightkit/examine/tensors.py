@@ -184,7 +184,7 @@ def _check(name: str, found: Held, wanted: Wanted | None, held: Mapping[str, Hel
     entry, where = found
     if wanted is None:
         weight = held.get(name.removesuffix(SCALE_SUFFIX)) if name.endswith(SCALE_SUFFIX) else None
-        if weight is not None:
+        if weight is not None and weight.entry.dtype != "F8_E4M3":
             return ScaleError(
                 "a scale without an FP8 weight",
                 where=where,
