@@ -167,6 +167,23 @@ V2_LITE = Tiny(
     extra_config={"topk_method": "greedy", "routed_scaling_factor": 1.0},
 )
 MOONLIGHT = replace(V3, q_lora=None, mtp_layers=0, groups=1, fp8=False, inv_freq=True)
+KIMI = replace(V3, model_type="kimi_k2", mtp_layers=0, groups=1, heads=8, experts=12, inv_freq=True)
+V3_BF16 = replace(V3, fp8=False)
+V31 = replace(
+    V3,
+    extra_config={
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        }
+    },
+)
+
+
+SHARD_NAME = "model-{number:05}-of-{count:06}.safetensors"
 
 
 def random_bytes(rng: np.random.Generator, dtype: str, shape: Shape) -> bytes:
@@ -194,7 +211,7 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, Shape, bytes]]) 
 
 
 def write_tiny(
-    folder: Path, model: Tiny = V3, *, shards: int = 3, seed: int = 0
+    folder: Path, model: Tiny = V3, *, shards: int = 3, seed: int = 0, pattern: str = SHARD_NAME
 ) -> dict[str, tuple[str, Shape, bytes]]:
     """Write the checkpoint; returns what was written by name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +225,7 @@ def write_tiny(
         if name == "model.layers.1.mlp.experts.1.up_proj.weight_scale_inv":
             at = (at + 1) % shards  # a weight and its scale in different files
         files[at][name] = content
-    names = [f"model-{number:05}-of-{shards:06}.safetensors" for number in range(1, shards + 1)]
+    names = [pattern.format(number=number, count=shards) for number in range(1, shards + 1)]
     weight_map: dict[str, str] = {}
     for file, tensors in zip(names, files, strict=True):
         write_safetensors(folder / file, tensors)

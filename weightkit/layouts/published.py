@@ -78,8 +78,11 @@ def renumbered(names: Iterable[str]) -> dict[str, str]:
     if len(numbered) != len(names) or all(int(match["count"]) == len(names) for match in numbered.values()):
         return {name: name for name in names}
     ordered = sorted(numbered.items(), key=lambda item: int(item[1]["number"]))
+    width = min(len(match["number"]) for match in numbered.values())  # 1 where numbers are not padded
+    count = ordered[0][1]["count"]
+    total = f"{len(names):0{len(count)}}" if count.startswith("0") else f"{len(names)}"
     return {
-        name: f"{match['stem']}-{number:0{len(match['number'])}}-of-{len(names):0{len(match['count'])}}.safetensors"
+        name: f"{match['stem']}-{number:0{width}}-of-{total}.safetensors"
         for number, (name, match) in enumerate(ordered, start=1)
     }
 
