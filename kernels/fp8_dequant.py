@@ -57,11 +57,11 @@ class TileConfig:
             truncates F32 to BF16.
     """
 
-    rows: int = 16
+    rows: int = 8
     col_blocks: int = 8
-    num_warps: int = 4
+    num_warps: int = 8
     wide_loads: bool = False
-    streaming: bool = False
+    streaming: bool = True
     hardware_rounding: bool = True
 
 
