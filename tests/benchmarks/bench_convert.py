@@ -62,6 +62,13 @@ result = {
 wk.write(result, target, jobs=int(jobs) or None, device=device, progress=False)
 """
 
+PLANNED_CODE = """
+from weightkit.layouts import lay_out_published
+from weightkit.writer.plan import make_plan
+files = lay_out_published(result) if isinstance(result, wk.Checkpoint) else result
+print(make_plan(files, target).bytes_written)
+"""
+
 CT_CODE = """
 import sys
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer, convert_checkpoint
@@ -185,8 +192,9 @@ def contenders(args: argparse.Namespace) -> Iterator[Contender]:
     source, python = str(args.checkpoint), sys.executable
     yield Contender(CP, ("cp", "-r", source, "{out}"))
     extra = (str(args.mp),) if args.what == "shard" else ()
-    ours = (python, "-c", OURS_CODE, args.what, source, "{out}", str(args.jobs), args.device)
-    yield Contender(OURS, ours + extra)
+    for device in args.device:
+        line = (python, "-c", OURS_CODE, args.what, source, "{out}", str(args.jobs), device)
+        yield Contender(OURS if len(args.device) == 1 else f"{OURS} ({device})", line + extra)
     if args.what == "shard":
         yield from deepseek_convert(args)
     if args.what == "cast":
@@ -194,8 +202,20 @@ def contenders(args: argparse.Namespace) -> Iterator[Contender]:
         yield from compressed_tensors(args)
 
 
+def output_bytes(args: argparse.Namespace) -> int:
+    """Bytes that ours will write, from its plan."""
+    code = OURS_CODE.rsplit("wk.write", 1)[0] + PLANNED_CODE
+    extra = [str(args.mp)] if args.what == "shard" else []
+    line = [sys.executable, "-c", code, args.what, str(args.checkpoint), str(args.work / "out"), "0", "cpu", *extra]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"no plan of ours: {done.stderr}")
+    return int(done.stdout)
+
+
 def plain(args: argparse.Namespace, write_bytes: int) -> Iterator[Contender]:
-    """Plain I/O of so many bytes; known only when a first run of ours has shown how many come out."""
+    """Plain I/O that reads the input and writes so many bytes."""
     line = (sys.executable, str(HERE / "plain_io.py"), str(args.checkpoint), "{out}", str(write_bytes))
     if args.jobs:
         line += ("--threads", str(args.jobs))
@@ -230,7 +250,7 @@ def compressed_tensors(args: argparse.Namespace) -> Iterator[Contender]:
     if args.ct_python is None:
         print("compressed-tensors left out: no --ct-python")
         return
-    device = "cuda" if args.device != "cpu" and cuda_is_there(args.ct_python) else "cpu"
+    device = "cuda" if args.device != ["cpu"] and cuda_is_there(args.ct_python) else "cpu"
     yield Contender(
         f"compressed-tensors ({device})", (args.ct_python, "-c", CT_CODE, str(args.checkpoint), "{out}", device)
     )
@@ -254,16 +274,16 @@ class Bench:
         return self.args.budget_s - (time.monotonic() - self.started)
 
     def run(self) -> Results:
-        """Ours first, unmeasured and of the first round, to learn the output's size and compile what is compiled."""
-        everyone = list(contenders(self.args))
+        """All rounds. Before them ours, unmeasured, so that what is compiled once for a machine is compiled."""
+        everyone = [*contenders(self.args), *plain(self.args, output_bytes(self.args))]
         shuffle = random.Random(self.args.seed)
-        first = next(contender for contender in everyone if contender.name == OURS)
-        size = self.once(first, record=False)
-        everyone += plain(self.args, size or folder_bytes(self.args.checkpoint))
+        for contender in everyone:
+            if contender.name.startswith(OURS) and not self.args.no_warm_up:
+                self.once(contender, record=False)
         for number in range(self.args.rounds):
             shuffle.shuffle(everyone)
             for contender in everyone:
-                if contender.name in self.results.failures:
+                if contender.name in self.results.failures or (number and contender.name in self.args.once):
                     continue
                 expected = [run.wall_s for run in self.results.runs.get(contender.name, [])]
                 if self.left_s() < (max(expected, default=0) * 1.2 if number else 0):
@@ -273,18 +293,19 @@ class Bench:
         self.compare()
         return self.results
 
-    def once(self, contender: Contender, *, record: bool = True) -> int:
-        """One run, its digest if it is the first, and the output deleted. Returns the bytes it wrote."""
+    def once(self, contender: Contender, *, record: bool = True) -> None:
+        """One run, its digest if it is the first, and the output deleted."""
         out = self.args.work / "out"
         shutil.rmtree(out, ignore_errors=True)
-        set_cache(self.args.checkpoint, self.args.cache)
+        if self.args.cache == "cold" or resident_share(self.args.checkpoint) < 1:
+            set_cache(self.args.checkpoint, self.args.cache)
         resident = resident_share(self.args.checkpoint)
         try:
             run = measure(contender, out, self.log, max(5.0, self.left_s()))
         except RuntimeError as exc:
             self.results.failures[contender.name] = str(exc)
             print(f"{contender.name} failed: {exc}", flush=True)
-            return 0
+            return
         finally:
             if contender.name not in BASELINES and self.args.compare and contender.name not in self.results.digests:
                 self.take_digest(contender.name, out)
@@ -296,20 +317,21 @@ class Bench:
                 f"  input cached {resident:.0%}  load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
-        return run.written_bytes
 
     def take_digest(self, name: str, out: Path) -> None:
         if out.exists() and any(out.glob("*.safetensors")):
             self.results.digests[name] = digest(out, min(16, len(os.sched_getaffinity(0))))
 
     def compare(self) -> None:
-        ours = self.results.digests.get(OURS)
-        for name, theirs in self.results.digests.items():
-            if name == OURS or ours is None:
+        """Everyone's tensors against those of the first row of ours."""
+        digests = self.results.digests
+        ours = next((name for name in digests if name.startswith(OURS)), None)
+        for name, theirs in digests.items():
+            if name == ours or ours is None:
                 continue
-            count, problems = compare_digests(ours, theirs)
+            count, problems = compare_digests(digests[ours], theirs)
             verdict = "equal bits" if not problems else f"{len(problems)} DIFFERENCES, the first: {problems[0]}"
-            self.results.equality[name] = f"{count:,} tensors, {verdict}"
+            self.results.equality[f"{name} against {ours}"] = f"{count:,} tensors, {verdict}"
 
 
 def table(results: Results, input_bytes: int) -> str:
@@ -353,7 +375,7 @@ def machine(args: argparse.Namespace) -> str:
         gpu = ", " + subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return (
         f"{time.strftime('%Y-%m-%d')}, {len(os.sched_getaffinity(0))} cores ({cpu}), {memory:.0f} GiB{gpu}, "
-        f"Linux {platform.release()}, Python {platform.python_version()}, {', '.join(versions)}, device {args.device}"
+        f"Linux {platform.release()}, Python {platform.python_version()}, {', '.join(versions)}"
     )
 
 
@@ -368,11 +390,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=0, help="0: the default")
     parser.add_argument("--mp", type=int, default=8)
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--device", nargs="+", choices=("auto", "cuda", "cpu"), default=["auto"], help="a row for each")
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
     parser.add_argument("--plain", nargs="*", choices=("buffered", "direct"), default=["buffered", "direct"])
     parser.add_argument("--compare", action="store_true", help="hold the outputs against each other")
     parser.add_argument("--budget-s", type=float, default=3600, help="start no run that would end later")
+    parser.add_argument("--once", nargs="*", default=[], metavar="NAME", help="contenders of the first round alone")
+    parser.add_argument("--no-warm-up", action="store_true", help="no unmeasured run of ours before the rounds")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, help="append the report to this file too")
     args = parser.parse_args()
@@ -390,7 +414,7 @@ def main() -> None:
         machine(args),
         f"`{command}`",
         table(results, input_bytes),
-        *(f"- {name} against ours: {verdict}" for name, verdict in results.equality.items()),
+        *(f"- {name}: {verdict}" for name, verdict in results.equality.items()),
         *(f"- {name} FAILED: {why}" for name, why in results.failures.items()),
     ]
     text = "\n\n".join(report[:4]) + "\n\n" + "\n".join(report[4:]) + "\n"
@@ -399,7 +423,8 @@ def main() -> None:
         with args.out.open("a") as file:
             file.write(text + "\n")
     differences = any("DIFFERENCES" in verdict for verdict in results.equality.values())
-    sys.exit(1 if differences or OURS in results.failures else 0)
+    failed = any(name.startswith(OURS) for name in results.failures)
+    sys.exit(1 if differences or failed else 0)
 
 
 if __name__ == "__main__":
