@@ -22,6 +22,7 @@ _HOMES = {
     "Checkpoint": "weightkit.checkpoint",
     "WeightkitError": "weightkit.errors",
     "cast": "weightkit.transforms",
+    "generate": "weightkit.generation",
     "inspect": "weightkit.examine",
     "keep_experts": "weightkit.transforms",
     "merge": "weightkit.transforms",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from weightkit.checkpoint import Checkpoint
     from weightkit.errors import WeightkitError
     from weightkit.examine import inspect, verify
+    from weightkit.generation import generate
     from weightkit.layouts import open_checkpoint
     from weightkit.transforms import cast, keep_experts, merge, shard, strip_mtp
     from weightkit.writer import write
@@ -44,6 +46,7 @@ __all__ = [
     "Checkpoint",
     "WeightkitError",
     "cast",
+    "generate",
     "inspect",
     "keep_experts",
     "merge",

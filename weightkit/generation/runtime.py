@@ -21,6 +21,7 @@ from weightkit.generation.sampling import Sampling
 from weightkit.generation.tokenizer import Messages, TextStream, Tokenizer
 from weightkit.layouts import open_checkpoint
 from weightkit.model import CheckpointWeights, LatentCache, Model
+from weightkit.units import human_bytes, human_seconds
 
 Prompt = str | Sequence[int] | Messages
 """Plain text, token ids, or a conversation."""
@@ -61,6 +62,13 @@ class Generation:
     def tokens_per_s(self) -> float | None:
         """New tokens a second, the first left out, which is the prompt's; None for a single token."""
         return (len(self.token_ids) - 1) / self.decode_s if len(self.token_ids) > 1 and self.decode_s > 0 else None
+
+    def render(self) -> str:
+        """One line for a terminal: tokens, rates, bytes read."""
+        tokens = f"{len(self.prompt_ids)} tokens in, {len(self.token_ids)} out (stopped by {self.stopped_by})"
+        rate = "" if self.tokens_per_s is None else f", {self.tokens_per_s:.1f} tokens/s after it"
+        took = f"first token after {human_seconds(self.prefill_s)}{rate}"
+        return f"[{tokens}; {took}; {human_bytes(self.bytes_read)} read; {self.dtype} on {self.device}]"
 
 
 @dataclass
