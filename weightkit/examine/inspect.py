@@ -34,6 +34,8 @@ COMPONENTS = (
     "rotary",
     "other",
 )
+#: Names of manifests shown; members that were trained further have the same totals.
+SHOWN_NAMES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +319,9 @@ def _place_facts(found: Inspection) -> list[tuple[str, str]]:
     if found.differs:
         facts += [("differs", difference) for difference in found.differs]
     elif found.published_as:
-        facts.append(("totals", f"as published: {', '.join(found.published_as)}"))
+        more = len(found.published_as) - SHOWN_NAMES
+        names = ", ".join(found.published_as[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+        facts.append(("totals", f"as published: {names}"))
     return facts + [(f"made by {key}", str(value)) for key, value in found.origin.items()]
 
 
