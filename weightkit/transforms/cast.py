@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.dtypes import FLOAT_DTYPES
 from weightkit.checkpoint.tensors import LazyTensor, cast_to, dequantize
 from weightkit.errors import PlanError, ScaleError, UnsupportedError, WeightkitError, raise_all
-from weightkit.family import Architecture
+from weightkit.family import Architecture, blueprint
 from weightkit.layouts.declare import declare_dtype
 
 SCALE_SUFFIX = "_scale_inv"
-#: Changed by a cast. F32 is not: what the hubs publish in F32 (router biases) is meant to stay so. No member has any
-#: integers: where there are some, they are codes of a quantization, which mean nothing without it.
+#: Cast wherever they are found. F32 is cast where the published model has weights that are not F32: router biases are
+#: meant to stay so. No member has integers: where there are some, they are codes of a quantization.
 WEIGHT_DTYPES = frozenset(("BF16", "F16"))
-KEPT_DTYPES = frozenset(("F32",))
 
 
 def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
     """The checkpoint with its weights in ``to``: ``bf16``, ``f16`` or ``f32``.
 
     An FP8 weight becomes ``float32(weight) * scale_inv`` rounded once to nearest even, and its scale tensor goes. BF16
-    and F16 weights are cast. F32 tensors stay F32. The config then declares what the tensors are.
+    and F16 weights are cast, and F32 ones that an earlier cast made; what is published in F32 stays F32. The config
+    then declares what the tensors are.
 
     Raises:
         PlanError: an unknown dtype.
@@ -35,30 +35,37 @@ def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
     if to not in FLOAT_DTYPES:
         raise PlanError("unknown dtype", where="--to", expected=", ".join(FLOAT_DTYPES), found=repr(to))
     dtype = FLOAT_DTYPES[to]
-    _require_known_quantization(checkpoint)
+    widened = _weights_not_published_in_f32(_architecture(checkpoint))
     tensors: dict[str, LazyTensor] = {}
     problems: list[WeightkitError] = []
     for name, tensor in checkpoint.tensors.items():
         if is_scale(name, checkpoint.tensors):
             continue
         try:
-            tensors[name] = _cast_tensor(name, tensor, checkpoint.tensors, dtype)
+            tensors[name] = _cast_tensor(name, tensor, checkpoint.tensors, dtype, widened)
         except WeightkitError as problem:
             problems.append(problem)
     raise_all(f"cannot be cast to {to}", problems, where=checkpoint.root)
     return replace(checkpoint, tensors=tensors, config=declare_dtype(checkpoint.config, dtype))
 
 
-def _require_known_quantization(checkpoint: Checkpoint) -> None:
-    quantization = Architecture.from_config(checkpoint.config).quantization
-    if quantization is not None and not quantization.is_fp8:
+def _architecture(checkpoint: Checkpoint) -> Architecture:
+    arch = Architecture.from_config(checkpoint.config)
+    if arch.quantization is not None and not arch.quantization.is_fp8:
         raise UnsupportedError(
             "no cast is defined for this quantization",
             where=f"{checkpoint.root}: quantization_config",
             expected="fp8, or none",
-            found=quantization.method,
+            found=arch.quantization.method,
             fix="Cast the FP8 or BF16 repository of this model.",
         )
+    return arch
+
+
+def _weights_not_published_in_f32(arch: Architecture) -> frozenset[str]:
+    """What is F32 only if it was cast to it."""
+    records = blueprint(replace(arch, dtype="BF16", quantization=None))
+    return frozenset(name for name, record in records.items() if not record.allows("F32"))
 
 
 def is_scale(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
@@ -67,7 +74,9 @@ def is_scale(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
     return weight is not None and weight.dtype == "F8_E4M3"
 
 
-def _cast_tensor(name: str, tensor: LazyTensor, tensors: Mapping[str, LazyTensor], dtype: str) -> LazyTensor:
+def _cast_tensor(
+    name: str, tensor: LazyTensor, tensors: Mapping[str, LazyTensor], dtype: str, widened: Set[str]
+) -> LazyTensor:
     if tensor.dtype == "F8_E4M3":
         scale = tensors.get(name + SCALE_SUFFIX)
         if scale is None:
@@ -79,10 +88,10 @@ def _cast_tensor(name: str, tensor: LazyTensor, tensors: Mapping[str, LazyTensor
         raise ScaleError(
             "a scale without an FP8 weight", where=name, expected=f"F8_E4M3 {name.removesuffix(SCALE_SUFFIX)}"
         )
-    if tensor.dtype in WEIGHT_DTYPES:
-        return cast_to(tensor, dtype)
-    if tensor.dtype in KEPT_DTYPES:
+    if tensor.dtype == "F32" and name not in widened:
         return tensor
+    if tensor.dtype == "F32" or tensor.dtype in WEIGHT_DTYPES:
+        return cast_to(tensor, dtype)
     raise UnsupportedError(
         "no cast is defined for this dtype", where=name, expected="F8_E4M3, BF16, F16 or F32", found=tensor.dtype
     )

@@ -64,9 +64,15 @@ def read_kept(path: Path) -> Kept:
     else."""
     kept: dict[int, list[int]] = {}
     for layer, ids in read_json_object(path).items():
-        if not layer.isdecimal() or not isinstance(ids, list) or any(type(expert) is not int for expert in ids):
+        number = int(layer) if layer.isdecimal() and len(layer) < 10 else None
+        if (
+            number is None
+            or str(number) != layer
+            or not isinstance(ids, list)
+            or any(type(expert) is not int for expert in ids)
+        ):
             raise FormatError(f"layer {layer!r}: not a list of expert ids", where=path, expected='{"3": [0, 5, 9, 12]}')
-        kept[int(layer)] = ids
+        kept[number] = ids
     return kept
 
 
