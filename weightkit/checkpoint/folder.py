@@ -14,6 +14,7 @@ CONFIG_NAME = "config.json"
 LOCK_NAME = "weightkit.lock.json"
 #: Where a writer keeps its journal; gone when the target is complete.
 STATE_DIR = ".weightkit"
+CHUNK_BYTES = 1 << 20
 #: Weights in any format, and what downloads leave behind: not side files.
 WEIGHT_SUFFIXES = frozenset(
     (
@@ -42,12 +43,31 @@ class SideFile:
     path: Path | None = None
     content: bytes | None = None
 
-    def read(self) -> bytes:
-        if self.content is not None:
-            return self.content
+    @property
+    def size_bytes(self) -> int:
+        """Bytes as it stands."""
         if self.path is None:
-            return b""
-        return self.path.read_bytes()
+            return len(self.content or b"")
+        return self.path.stat().st_size
+
+    def chunks(self) -> Iterator[bytes]:
+        """The content in pieces, so that a large file among the small ones costs no memory.
+
+        Raises ``FormatError`` for a file that cannot be read.
+        """
+        if self.path is None:
+            yield self.content or b""
+            return
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    yield chunk
+        except OSError as exc:
+            raise FormatError(f"cannot be read ({exc.strerror})", where=self.path) from exc
+
+    def read(self) -> bytes:
+        """All of it."""
+        return b"".join(self.chunks())
 
 
 def side_files(folder: Path) -> Mapping[str, SideFile]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,17 +18,18 @@ from weightkit.checkpoint.copies import Copy, copies
 from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
-from weightkit.checkpoint.reading import Bytes
-from weightkit.checkpoint.tensors import LazyTensor, is_plain, size_bytes
+from weightkit.checkpoint.reading import SCRATCH_BYTES, Bytes
+from weightkit.checkpoint.tensors import LazyTensor, Stored, is_plain, size_bytes
 from weightkit.compute import CpuEngine, Engine, evaluate, strips
-from weightkit.errors import Interrupted, WriteError
+from weightkit.compute.evaluate import STRIP_ROWS
+from weightkit.errors import Interrupted, PlanError, WriteError
 from weightkit.progress import Progress as ProgressBar
 from weightkit.units import human_bytes, human_seconds
 from weightkit.writer.journal import Journal, Progress, sync_folder
-from weightkit.writer.plan import Plan, PlannedFile
+from weightkit.writer.plan import PARTIAL, Plan, PlannedFile
 from weightkit.writer.resources import default_jobs
-from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, AppendStream
-from weightkit.writer.target import PARTIAL, clear_target, inspect_target, only_writer, require_memory, require_space
+from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, FULL, AppendStream, no_space
+from weightkit.writer.target import clear_target, inspect_target, only_writer, require_memory, require_space
 
 #: Largest piece that is evaluated at once; bounds the memory of a worker.
 STRIP_BYTES = 8 << 20
@@ -79,18 +80,22 @@ class Written:
 
 def peak_memory_bytes(plan: Plan, jobs: int) -> int:
     """The most that the workers' buffers take, beyond what Python and its libraries do."""
-    a_strip = 3 * max(STRIP_BYTES, _largest_strip(plan)) if plan.computed_tensors else STRIP_BYTES
-    return min(jobs, len(plan.files)) * (BUFFERS * BUFFER_BYTES + a_strip)
+    strip = max(STRIP_BYTES, _largest_strip(plan))
+    computed = 2 * strip if plan.computed_tensors else 0
+    return min(jobs, len(plan.files)) * (BUFFERS * BUFFER_BYTES + SCRATCH_BYTES + strip + computed)
 
 
 def _largest_strip(plan: Plan) -> int:
-    rows = (
-        size_bytes(tensor) // tensor.shape[0]
-        for file in plan.files
-        for tensor in file.tensors.values()
-        if tensor.shape and tensor.shape[0]
+    """Bytes of the 128 widest rows that are assembled or computed; stored tensors are copied as they are."""
+    return max(
+        (
+            size_bytes(tensor) // tensor.shape[0] * min(STRIP_ROWS, tensor.shape[0])
+            for file in plan.files
+            for tensor in file.tensors.values()
+            if not isinstance(tensor, Stored) and tensor.shape and tensor.shape[0]
+        ),
+        default=0,
     )
-    return max(rows, default=0) * 128
 
 
 def execute(
@@ -106,25 +111,48 @@ def execute(
         force: replace what an earlier write left in the target.
 
     Raises:
-        TargetError, SpaceError: before anything is written.
+        TargetError, SpaceError, PlanError: before anything is written.
         SourceChangedError, FormatError: a source file is not what it was, or ends early.
+        SpaceError, WriteError: on the way, of a full or failing disk; the next run continues.
         Interrupted: by Ctrl-C; the next run continues.
     """
     started = time.monotonic()
+    if jobs is not None and jobs < 1:
+        raise PlanError("not a number of jobs", where="--jobs", expected="at least 1", found=jobs)
     state = inspect_target(plan, force=force)
     if state.complete:
-        return Written(plan.target, len(plan.files), plan.bytes_written, 0, 0, time.monotonic() - started)
-    require_space(plan, {} if force else state.files)
+        return _nothing_to_do(plan, started)
+    require_space(plan, state.files, force=force)
     require_memory(peak_memory_bytes(plan, jobs or default_jobs()))
-    plan.target.mkdir(parents=True, exist_ok=True)
-    with only_writer(plan.target):
-        if force:
-            clear_target(plan.target)
-        bar = ProgressBar(plan.bytes_written, plan.target.name, shown=progress, parts=len(plan.files))
-        with Reader(plan.stamps, ahead_bytes=AHEAD_BYTES) as reader, bar:
-            run = _Run(plan, reader, engine or CpuEngine(), bar, dict(state.files))
-            run.write_files(jobs or default_jobs())
+    try:
+        plan.target.mkdir(parents=True, exist_ok=True)
+        with only_writer(plan.target):
+            return _write(plan, jobs or default_jobs(), engine or CpuEngine(), progress, force, started)
+    except OSError as exc:
+        if exc.errno in FULL:
+            raise no_space(plan.target) from exc
+        raise WriteError(f"cannot be written ({exc.strerror})", where=exc.filename or plan.target) from exc
+
+
+def _nothing_to_do(plan: Plan, started: float) -> Written:
+    return Written(plan.target, len(plan.files), plan.bytes_written, 0, 0, time.monotonic() - started)
+
+
+def _write(plan: Plan, jobs: int, engine: Engine, progress: bool, force: bool, started: float) -> Written:
+    """Do it, as the only writer; others may have written until now."""
+    state = inspect_target(plan, force=force)
+    if state.complete:
+        return _nothing_to_do(plan, started)
+    if force:
+        clear_target(plan.target)
+    bar = ProgressBar(plan.bytes_written, plan.target.name, shown=progress, parts=len(plan.files))
+    with Reader(plan.stamps, ahead_bytes=AHEAD_BYTES) as reader, bar:
+        run = _Run(plan, reader, engine, bar, dict(state.files))
+        try:
+            run.write_files(jobs)
             run.seal()
+        finally:
+            run.journal.close()
     return Written(
         plan.target,
         len(plan.files),
@@ -147,13 +175,16 @@ class _Run:
         self._counting = threading.Lock()
         self.stop = threading.Event()
         sources = {Path(path).name: stamp for path, stamp in plan.stamps.items()}
-        self.journal = Journal(plan.target, plan.hash, sources)
+        names = [*(file.name for file in plan.files), *plan.side_files, LOCK_NAME]
+        self.journal = Journal(plan.target, plan.hash, sources, names)
 
     def write_files(self, jobs: int) -> None:
         """All files, ``jobs`` at once. The first failure stops the others at their next buffer."""
         with ThreadPoolExecutor(jobs, thread_name_prefix="weightkit") as pool:
-            futures = [pool.submit(self.write_file, file) for file in self.plan.files]
+            futures: list[Future[None]] = []
             try:
+                for file in self.plan.files:
+                    futures.append(pool.submit(self.write_file, file))
                 _wait_for(futures)
             except KeyboardInterrupt as exc:
                 raise Interrupted("stopped; what was written is kept", where=self.plan.target, fix=CONTINUE) from exc
@@ -164,6 +195,7 @@ class _Run:
 
     def write_file(self, file: PlannedFile) -> None:
         """One file: to its partial name, synced, checked, renamed, journalled."""
+        self._check_stop()
         final, partial = self.plan.target / file.name, self.plan.target / (file.name + PARTIAL)
         before = self.history.get(file.name)
         if before is not None and before.done and final.exists() and final.stat().st_size == file.size_bytes:
@@ -248,18 +280,16 @@ class _Run:
 
     def seal(self) -> None:
         """Side files, lock and, last, the index: the mark that the target is complete."""
-        target = self.plan.target
+        target, sides = self.plan.target, dict(self.plan.side_files)
         locked = {file.name: LockedFile(file.size_bytes, self.history[file.name].sha256) for file in self.plan.files}
-        sides = {name: file.read() for name, file in self.plan.side_files.items()}
-        locked |= {
-            name: LockedFile(len(content), hashlib.sha256(content).hexdigest()) for name, content in sides.items()
-        }
         index = sides.pop(INDEX_NAME, None)
-        for name, content in sides.items():
-            write_durably(target / name, content)
-        write_durably(target / LOCK_NAME, Lock(locked, {"plan": self.plan.hash, "source": self.plan.root}).to_bytes())
+        locked |= {name: write_durably(target / name, file.chunks()) for name, file in sides.items()}
         if index is not None:
-            write_durably(target / INDEX_NAME, index)
+            locked[INDEX_NAME] = _locked(index.chunks())
+        lock = Lock(locked, {"plan": self.plan.hash, "source": self.plan.root})
+        write_durably(target / LOCK_NAME, [lock.to_bytes()])
+        if index is not None:
+            write_durably(target / INDEX_NAME, index.chunks())
         self.journal.remove()
 
 
@@ -327,16 +357,28 @@ def _require_as_planned(path: Path, file: PlannedFile) -> None:
         )
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, chunks: Iterable[bytes]) -> LockedFile:
     """A small file: under a partial name, synced, renamed; with the umask's mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(content)
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(handle, "wb") as file:
+        locked = _locked(chunks, file.write)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
     sync_folder(path.parent)
+    return locked
+
+
+def _locked(chunks: Iterable[bytes], use: Callable[[bytes], object] = len) -> LockedFile:
+    """Size and checksum of the chunks, each of which is handed on."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += len(chunk)
+        use(chunk)
+    return LockedFile(size, digest.hexdigest())
 
 
 def _as_bytes(content: bytes) -> Bytes:

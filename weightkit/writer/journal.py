@@ -1,26 +1,27 @@
 """The journal of a write: what is durable, line by line, so that a later run does only what is left.
 
-``.weightkit/journal.jsonl`` begins with the plan's hash and sources. After that a line is one of
+``.weightkit/journal.jsonl`` begins with the plan's hash, its sources and the names of all files that it writes. After
+that a line is one of
 
     {"file": NAME, "bytes": N, "sha256": HEX}                  the first N bytes of NAME.partial are on the disk
     {"file": NAME, "bytes": N, "sha256": HEX, "done": true}    NAME is complete and in place
 
-Each line is synced before the next step; a last line cut short by a crash is dropped.
+Each line is synced before the next step. What follows a line that was cut short or damaged is dropped: lines are only
+hints, a partial file is hashed before it is continued.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightkit.checkpoint.folder import STATE_DIR
+from weightkit.checkpoint.index import is_relative_path
 from weightkit.checkpoint.reading import Stamp
-from weightkit.errors import FormatError
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -36,29 +37,37 @@ class Progress:
 
 @dataclass
 class History:
-    """What an earlier run left: the hash of its plan, its sources (name to stamp), and progress by file."""
+    """What an earlier run left: the hash of its plan, its sources (name to stamp), the relative paths of all files that
+    it was to write, and progress by file. ``size_bytes`` is of the lines that were read."""
 
     plan_hash: str
     sources: dict[str, Stamp]
+    names: tuple[str, ...]
     files: dict[str, Progress] = field(default_factory=dict)
+    size_bytes: int = 0
 
 
 class Journal:
-    """Appends to the journal in ``target``. Threads may share it."""
+    """Appends to the journal in ``target``. Threads may share it.
 
-    def __init__(self, target: Path, plan_hash: str, sources: Mapping[str, Stamp]) -> None:
-        self._folder = target / STATE_DIR
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / JOURNAL_NAME
-        fresh = not path.exists()
+    Args:
+        target: the folder that is written to.
+        plan_hash, sources, names: what a fresh journal begins with. See ``History``.
+    """
+
+    def __init__(self, target: Path, plan_hash: str, sources: Mapping[str, Stamp], names: Sequence[str]) -> None:
+        folder = target / STATE_DIR
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / JOURNAL_NAME
         self._lock = threading.Lock()
-        if not fresh:
-            _drop_torn_line(path)
-        self._file = path.open("ab")
-        if fresh:
+        history = read_history(target)
+        self._file = self._path.open("ab")
+        self._file.truncate(history.size_bytes if history is not None else 0)
+        if history is None:
             stamps = {name: [stamp.size_bytes, stamp.mtime_ns] for name, stamp in sources.items()}
-            self._append({"plan": plan_hash, "sources": stamps})
-            sync_folder(self._folder)
+            self._append({"plan": plan_hash, "sources": stamps, "files": list(names)})
+            sync_folder(folder)
+            sync_folder(target)
 
     def record(self, file: str, progress: Progress) -> None:
         """Append one file's progress; it is on the disk when this returns."""
@@ -69,9 +78,9 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """The write is complete: the journal's folder goes."""
+        """The write is complete: the journal goes."""
         self.close()
-        shutil.rmtree(self._folder)
+        self._path.unlink()
 
     def _append(self, line: Mapping[str, object]) -> None:
         with self._lock:
@@ -81,29 +90,45 @@ class Journal:
 
 
 def read_history(target: Path) -> History | None:
-    """What the journal in ``target`` tells, None where there is none. Raises ``FormatError`` for a damaged one."""
+    """What the journal in ``target`` tells; None where there is none, or one that was cut short in its first line."""
     path = target / STATE_DIR / JOURNAL_NAME
     if not path.exists():
         return None
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut short
-    if not lines:
+    first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]  # what follows the last newline was cut short
+    history = _read_first(first)
+    if history is None:
         return None
-    try:
-        head = json.loads(lines[0])
-        sources = {name: Stamp(size, mtime) for name, (size, mtime) in head["sources"].items()}
-        history = History(head["plan"], sources)
-        for line in map(json.loads, lines[1:]):
-            history.files[line["file"]] = Progress(line["bytes"], line["sha256"], line.get("done", False))
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise FormatError("a damaged journal", where=path, fix="Start anew with --force.") from exc
+    history.size_bytes = len(first) + 1
+    for line in lines:
+        progress = _read_progress(line, history.names)
+        if progress is None:
+            break
+        history.files.update([progress])
+        history.size_bytes += len(line) + 1
     return history
 
 
-def _drop_torn_line(path: Path) -> None:
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+def _read_first(line: bytes) -> History | None:
+    try:
+        head = json.loads(line)
+        sources = {name: Stamp(int(size), int(mtime)) for name, (size, mtime) in head["sources"].items()}
+        names = tuple(head["files"])
+        valid = isinstance(head["plan"], str) and all(
+            isinstance(name, str) and is_relative_path(name) for name in names
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return History(head["plan"], sources, names) if valid else None
+
+
+def _read_progress(line: bytes, names: Collection[str]) -> tuple[str, Progress] | None:
+    try:
+        entry = json.loads(line)
+        name, progress = entry["file"], Progress(entry["bytes"], entry["sha256"], entry.get("done", False))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    valid = type(progress.bytes) is int and isinstance(progress.sha256, str) and type(progress.done) is bool
+    return (name, progress) if valid and name in names else None
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from weightkit.checkpoint import build_header
-from weightkit.checkpoint.folder import SideFile
+from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR, SideFile
 from weightkit.checkpoint.index import INDEX_NAME, index_bytes, is_file_name, is_relative_path
 from weightkit.checkpoint.reading import Stamp
 from weightkit.checkpoint.tensors import (
@@ -27,6 +27,8 @@ from weightkit.checkpoint.tensors import (
 from weightkit.errors import PlanError, TargetError
 from weightkit.layouts import FileSet
 
+#: Ending of a file's name while it is written.
+PARTIAL = ".partial"
 #: Loaders (transformers among them) refuse files without it.
 METADATA = {"format": "pt"}
 
@@ -92,12 +94,19 @@ class Plan:
     def _lines(self) -> list[object]:
         paths = {path: str(number) for number, path in enumerate(self.stamps)}
         sources = [[Path(path).name, stamp.size_bytes, stamp.mtime_ns] for path, stamp in self.stamps.items()]
-        sides = {name: hashlib.sha256(file.read()).hexdigest() for name, file in sorted(self.side_files.items())}
+        sides = {name: _sha256(file) for name, file in sorted(self.side_files.items())}
         lines: list[object] = [["weightkit plan", 1], sources, sides]
         for file in self.files:
             described = [[name, describe(tensor, paths)] for name, tensor in file.tensors.items()]
             lines.append([file.name, hashlib.sha256(file.header).hexdigest(), described])
         return lines
+
+
+def _sha256(file: SideFile) -> str:
+    digest = hashlib.sha256()
+    for chunk in file.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def describe(tensor: LazyTensor, paths: Mapping[str, str]) -> list[object]:
@@ -119,18 +128,14 @@ def make_plan(files: FileSet, target: str | Path) -> Plan:
     """Plan to write a file set into ``target``. Reads nothing but side files.
 
     Raises:
-        PlanError: nothing to write, or a file name that leaves the target.
+        PlanError: nothing to write, or a file name that leaves the target or is taken.
         TargetError: the target is the source, or one lies inside the other.
     """
     target = Path(target)
     _require_apart(target, Path(files.root))
-    bad = [name for name in files.files if not is_file_name(name)] + [
-        name for name in files.side_files if not is_relative_path(name)
-    ]
-    if bad or not files.files:
-        raise PlanError(
-            "file names that cannot be written" if bad else "there is nothing to write", found=", ".join(bad) or None
-        )
+    if not files.files:
+        raise PlanError("there is nothing to write")
+    _require_names(list(files.files), [*files.side_files, *([INDEX_NAME] if files.index else [])])
     planned = tuple(_planned_file(name, tensors) for name, tensors in files.files.items())
     sides = dict(files.side_files)
     if files.index:
@@ -138,6 +143,16 @@ def make_plan(files: FileSet, target: str | Path) -> Plan:
         total = sum(file.size_bytes - len(file.header) for file in planned)
         sides[INDEX_NAME] = SideFile(content=index_bytes(weight_map, total))
     return Plan(target, planned, sides, files.stamps, files.root)
+
+
+def _require_names(weights: Sequence[str], sides: Sequence[str]) -> None:
+    """Each file needs a name of its own, within the target, and none that the writer needs itself."""
+    taken = {LOCK_NAME, *sides}
+    bad = [name for name in weights if not is_file_name(name) or name in taken]
+    bad += [name for name in sides if not is_relative_path(name) or name == LOCK_NAME]
+    bad += [name for name in [*weights, *sides] if name.endswith(PARTIAL) or name.split("/")[0] == STATE_DIR]
+    if bad:
+        raise PlanError("file names that cannot be written", found=", ".join(map(repr, bad[:4])))
 
 
 def _planned_file(name: str, tensors: Mapping[str, LazyTensor]) -> PlannedFile:

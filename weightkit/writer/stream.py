@@ -22,6 +22,8 @@ BUFFER_BYTES = 4 << 20
 BUFFERS = 4
 #: What O_DIRECT wants lengths, offsets and addresses to be a multiple of, on any filesystem that has it.
 ALIGNMENT = 4096
+#: What a full disk answers.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -32,8 +34,7 @@ class AppendStream:
         path: the file, created with the umask's mode where it is not there.
         size_bytes: its final size; space for it is reserved at once, where the filesystem can.
         resume_at: bytes that an earlier run left there durably, a multiple of ``BUFFER_BYTES``. What the producer
-            appends below
-            that position is dropped.
+            appends below that position is dropped.
         digest: the SHA-256 state over those bytes.
 
     Raises ``SpaceError`` when the disk is full; the bytes before ``position`` are kept.
@@ -115,13 +116,13 @@ class AppendStream:
 
     def close(self) -> None:
         """Stop the threads and close the file, as it is."""
+        if self._file < 0:
+            return
         for work, thread in zip((self._to_hash, self._to_write), self._threads, strict=True):
             work.put(None)
             thread.join()
-        self._threads = []
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        os.close(self._file)
+        self._file = -1
 
     def _submit(self) -> None:
         block = _Block(self._current, self._filled, self.position - self._filled)
@@ -141,8 +142,8 @@ class AppendStream:
     def _raise_failure(self) -> None:
         if self._failure is None:
             return
-        if isinstance(self._failure, OSError) and self._failure.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(self._path) from self._failure
+        if isinstance(self._failure, OSError) and self._failure.errno in FULL:
+            raise no_space(self._path) from self._failure
         raise self._failure
 
     def _work(self, work: queue.SimpleQueue[_Block | None], step: Callable[[_Block], None]) -> None:
@@ -184,7 +185,7 @@ class _Block:
 
 
 def _open_for_writing(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         return os.open(path, flags | _O_DIRECT, 0o666)
     except OSError as exc:
@@ -212,13 +213,14 @@ def _reserve(file: int, size_bytes: int, path: Path) -> None:
         return
     if libc.fallocate(file, 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes)) != 0:
         code = ctypes.get_errno()
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(path)
+        if code in FULL:
+            raise no_space(path)
         if code == errno.EFBIG:
             raise OSError(code, os.strerror(code), str(path))
 
 
-def _no_space(path: Path) -> SpaceError:
+def no_space(path: Path) -> SpaceError:
+    """What to raise for a full disk."""
     return SpaceError(
         "the disk is full",
         where=path,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,13 @@ from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import read_lock
 from weightkit.checkpoint.reading import Stamp
 from weightkit.errors import FormatError, SpaceError, TargetError
-from weightkit.writer.journal import Progress, read_history
-from weightkit.writer.plan import Plan
+from weightkit.writer.journal import JOURNAL_NAME, Progress, read_history
+from weightkit.writer.plan import PARTIAL, Plan
 from weightkit.writer.resources import available_memory_bytes, free_disk_bytes
 
-PARTIAL = ".partial"
+#: Endings of what a checkpoint must not be mixed with.
+_WEIGHTS = (".safetensors", INDEX_NAME)
+_WRITER = "writer"
 #: Room left for what grows beside the weights: journal, folders, the filesystem's own needs.
 SLACK_BYTES = 16 << 20
 
@@ -37,8 +38,7 @@ def inspect_target(plan: Plan, *, force: bool = False) -> TargetState:
 
     Raises:
         TargetError: it holds something else, or is no folder; ``force`` replaces what an earlier write of ours left,
-            and nothing
-            that somebody else put there.
+            and nothing that somebody else put there.
     """
     target = plan.target
     if not target.exists():
@@ -76,29 +76,37 @@ def inspect_target(plan: Plan, *, force: bool = False) -> TargetState:
 
 
 def _foreign_files(plan: Plan) -> list[str]:
-    """What lies in the target that no lock or journal of ours accounts for, and that this plan would overwrite or mix
-    with."""
+    """What lies in the target that no lock or journal of ours accounts for, and that this plan would overwrite, mix
+    with, or be led out of the target by."""
     target = plan.target
     planned = {file.name for file in plan.files} | set(plan.side_files) | {LOCK_NAME}
     ours = _recorded(target)
-    if (target / STATE_DIR).exists():
-        ours |= planned
-    found = (path.relative_to(target) for path in target.rglob("*") if path.is_file())
-    names = {path.as_posix() for path in found if STATE_DIR not in path.parts}
+    found = (path.relative_to(target) for path in target.rglob("*") if not path.is_dir() or path.is_symlink())
+    names = {path.as_posix() for path in found if path.parts[0] != STATE_DIR}
     strangers = {name for name in names if name.removesuffix(PARTIAL) not in ours}
-    return sorted(name for name in strangers if name in planned or name.endswith((".safetensors", INDEX_NAME)))
+    mixed = {name for name in strangers if name.removesuffix(PARTIAL) in planned or name.endswith(_WEIGHTS)}
+    in_the_way = {name for name in planned if (target / name).is_dir()}
+    return sorted(mixed | in_the_way | _no_folders(target, planned))
+
+
+def _no_folders(target: Path, names: Iterable[str]) -> set[str]:
+    """What lies where the files ``names`` need a folder; a link to one elsewhere is none."""
+    parents = {parent.as_posix() for name in names for parent in Path(name).parents} - {"."}
+    return {parent for parent in parents if os.path.lexists(target / parent) and not _is_folder(target / parent)}
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _recorded(target: Path) -> set[str]:
-    """The names that an earlier write of ours has recorded. A damaged record names itself alone."""
+    """The relative paths that an earlier write of ours has recorded. A damaged record names itself alone."""
     names = {LOCK_NAME}
     with suppress(FormatError):
         lock = read_lock(target)
         names |= set(lock.files) if lock is not None else set()
-    with suppress(FormatError):
-        history = read_history(target)
-        names |= set(history.files) if history is not None else set()
-    return names
+    history = read_history(target)
+    return names | set(history.names if history is not None else ())
 
 
 def _all_there(target: Path, sizes: Mapping[str, int]) -> bool:
@@ -122,19 +130,32 @@ def _some(names: Sequence[str], shown: int = 4) -> str:
 
 
 def clear_target(target: Path) -> None:
-    """Remove what an earlier write of ours left: the files of its lock and journal, partial ones, and both of these."""
-    for name in _recorded(target):
-        (target / name).unlink(missing_ok=True)
-    for partial in target.glob("*" + PARTIAL):
-        partial.unlink()
-    shutil.rmtree(target / STATE_DIR, ignore_errors=True)
+    """Remove what an earlier write of ours left: the files of its lock and journal, whole and partial, and both of
+    these. The caller is the only writer."""
+    for path in _left_behind(target):
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is not empty stays
+            if path.parent != target:
+                path.parent.rmdir()
+    (target / STATE_DIR / JOURNAL_NAME).unlink(missing_ok=True)
 
 
-def require_space(plan: Plan, files: Mapping[str, Progress]) -> None:
-    """Raise ``SpaceError`` where the filesystem lacks room for what is left to write."""
+def _left_behind(target: Path) -> list[Path]:
+    recorded = sorted(_recorded(target))
+    apart = _no_folders(target, recorded)
+    inside = [name for name in recorded if not any(parent.as_posix() in apart for parent in Path(name).parents)]
+    return [target / (name + ending) for name in inside for ending in ("", PARTIAL)]
+
+
+def require_space(plan: Plan, files: Mapping[str, Progress], *, force: bool = False) -> None:
+    """Raise ``SpaceError`` where the filesystem lacks room for what is left to write.
+
+    What lies there already counts: partial files, which are continued, and with ``force`` all that will be removed.
+    """
     needed = sum(file.size_bytes for file in plan.files if not _is_done(file.name, files)) + SLACK_BYTES
-    needed += sum(len(file.content or b"") for file in plan.side_files.values())
-    held = sum(_allocated(plan.target / (file.name + PARTIAL)) for file in plan.files)
+    needed += sum(file.size_bytes for file in plan.side_files.values())
+    partial = [plan.target / (file.name + PARTIAL) for file in plan.files]
+    held = sum(map(_allocated, _left_behind(plan.target) if force else partial))
     free = free_disk_bytes(plan.target)
     if needed - held > free:
         raise SpaceError(
@@ -165,24 +186,40 @@ def _is_done(name: str, files: Mapping[str, Progress]) -> bool:
 
 
 def _allocated(path: Path) -> int:
-    return path.stat().st_blocks * 512 if path.exists() else 0
+    return path.lstat().st_blocks * 512 if os.path.lexists(path) else 0
 
 
 @contextmanager
 def only_writer(target: Path) -> Iterator[None]:
     """Hold the target for this process. Raises ``TargetError`` where another one has it."""
     folder = target / STATE_DIR
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "writer"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        os.close(handle)
-        raise TargetError(
-            "another process is writing there", where=target, fix="Wait for it, or name another target."
-        ) from exc
+    handle = _hold(folder)
     try:
         yield
     finally:
+        if not (folder / JOURNAL_NAME).exists():
+            with suppress(OSError):  # another process may be about to hold it: then the folder stays
+                (folder / _WRITER).unlink(missing_ok=True)
+                folder.rmdir()
         os.close(handle)
+
+
+def _hold(folder: Path) -> int:
+    """A handle on the file whose lock says who writes."""
+    path = folder / _WRITER
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:
+            continue  # a writer that ended took the folder away
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            os.close(handle)
+            raise TargetError(
+                "another process is writing there", where=folder.parent, fix="Wait for it, or name another target."
+            ) from exc
+        if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
+            return handle
+        os.close(handle)  # a writer that ended took this file away: its lock keeps nobody out
