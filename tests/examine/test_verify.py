@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tiny import MOONLIGHT, V2_LITE, V3, Tiny, write_safetensors, write_tiny
 
 import weightkit as wk
+from weightkit import manifests
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.errors import (
     ChecksumError,
@@ -597,6 +598,15 @@ def test_checksums_of_a_manifest(fp8: Path) -> None:
     assert "pico" in known.source
 
 
+def test_shipped_checkpoint_is_held_to_its_manifest() -> None:
+    folder = manifests.load("pico").path
+    assert folder is not None
+    report = check(folder, values=True)
+    assert report.ok, report.render()
+    assert report.hashed_bytes == sum(path.stat().st_size for path in folder.iterdir())
+    assert {check.name for check in report.checks if check.done} >= {"totals", "checksums", "values"}
+
+
 def test_totals_of_a_manifest(fp8: Path) -> None:
     report = check(fp8, manifest="deepseek-v3")
     assert "the number of tensors is not that of DeepSeek-V3" in whats(report)
@@ -715,8 +725,9 @@ def test_pain_23_absurd_config(fields: dict[str, object], fp8: Path) -> None:
     assert time.monotonic() - started < 5
 
 
-def test_pain_23_names_do_not_drive_the_terminal(fp8: Path) -> None:
-    add(fp8, "model.\x1b[2J\ud800.weight", "BF16", (2,), bytes(4))
+@pytest.mark.parametrize("name", ["model.\x1b[2J.weight", "model.\x1b[2J\ud800.weight"])
+def test_pain_23_names_do_not_drive_the_terminal(name: str, fp8: Path) -> None:
+    add(fp8, name, "BF16", (2,), bytes(4))
     text = check(fp8).render()
     assert "\x1b" not in text
     assert "\\x1b[2J" in text

@@ -24,8 +24,6 @@ from weightkit.examine.survey import FETCH
 from weightkit.progress import Progress
 
 CHUNK_BYTES = 4 << 20
-#: The kernel is asked for so much ahead of what is being hashed, so that disk and core work at once.
-AHEAD_BYTES = 4 * CHUNK_BYTES
 #: Beyond the cores, threads help no more; beyond this, no disk does.
 MAX_JOBS = 64
 
@@ -105,7 +103,6 @@ def _read(reading: Reading, bar: Progress, stop: threading.Event) -> None:
         for offset, length in _chunks(reading):
             if stop.is_set():
                 return
-            os.posix_fadvise(file, offset + length, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
             chunk = buffer[:length]
             _fill(file, offset, chunk, reading.path)
             for consumer in reading.consumers:
