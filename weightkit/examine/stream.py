@@ -21,11 +21,11 @@ from weightkit.checkpoint.dtypes import DTYPE_BITS
 from weightkit.checkpoint.reading import Bytes
 from weightkit.errors import FormatError, WeightkitError
 from weightkit.examine.survey import FETCH
+from weightkit.machine import default_jobs
 from weightkit.progress import Progress
 
 CHUNK_BYTES = 4 << 20
 #: Beyond the cores, threads help no more; beyond this, no disk does.
-MAX_JOBS = 64
 
 
 class Consumer(Protocol):
@@ -57,11 +57,6 @@ class Reading:
     @property
     def size_bytes(self) -> int:
         return sum(stop - start for start, stop in self.spans)
-
-
-def default_jobs() -> int:
-    """Threads where the user names no number: the usable cores."""
-    return min(MAX_JOBS, len(os.sched_getaffinity(0)))
 
 
 def read_all(readings: Sequence[Reading], *, jobs: int | None, desc: str, progress: bool) -> list[WeightkitError]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 import torch
 
@@ -17,14 +15,12 @@ from weightkit.compute import choose_engine, evaluate, strips
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import GenerationError, UnsupportedError
 from weightkit.family import Architecture
+from weightkit.machine import default_jobs
 from weightkit.model.memory import FREE_SHARE, Kept, free_memory_bytes
 from weightkit.transforms import cast
 
 STRIP_BYTES = 64 << 20
 """A weight is read in strips of about this size, so that scratch memory does not grow with the largest weight."""
-
-MAX_JOBS = 8
-"""Weights read ahead at once; more gain nothing on the disks this was tried on."""
 
 _ROUTER = (".mlp.gate.weight", ".mlp.gate.e_score_correction_bias")
 
@@ -76,7 +72,7 @@ class CheckpointWeights:
         self._reader = Reader(checkpoint.stamps)
         budget = int(free_memory_bytes(self.device) * FREE_SHARE) if memory_bytes is None else memory_bytes
         self._kept = Kept(budget)
-        self._jobs = jobs or min(MAX_JOBS, os.cpu_count() or 1)
+        self._jobs = jobs or default_jobs()
         self._pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="weights")
         self._ahead: dict[str, Future[torch.Tensor]] = {}
         self._wanted: deque[str] = deque()
@@ -84,9 +80,7 @@ class CheckpointWeights:
     def __enter__(self) -> CheckpointWeights:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 
 from weightkit.family import expert_of
+from weightkit.machine import available_memory_bytes
 
 FREE_SHARE = 0.8
 """The share of free memory that weights may take; the rest is for the cache, activations and everybody else."""
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that could be allocated now: on a GPU what the driver reports, else the machine's and the container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [_available_bytes(), _cgroup_room_bytes()]
-    return min(limit for limit in limits if limit is not None)
-
-
-def _available_bytes() -> int:
-    """``MemAvailable`` of Linux; elsewhere all physical memory."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cgroup_room_bytes() -> int | None:
-    """Room under a cgroup v2 limit, where there is one; cached file pages are given back under pressure."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        used = int((_CGROUP / "memory.current").read_text())
-        return max(0, int(limit) - used + int(stat["active_file"]) + int(stat["inactive_file"]))
-    except (OSError, ValueError, KeyError):
-        return None
+    return available_memory_bytes()
 
 
 class Kept:

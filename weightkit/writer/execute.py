@@ -22,14 +22,15 @@ from weightkit.checkpoint.reading import SCRATCH_BYTES, Bytes
 from weightkit.checkpoint.tensors import LazyTensor, Stored, is_plain, size_bytes
 from weightkit.compute import CpuEngine, Engine, evaluate, strips
 from weightkit.compute.evaluate import STRIP_ROWS
+from weightkit.durable import FULL, PARTIAL, no_space, only_writer, sync_folder
 from weightkit.errors import Interrupted, PlanError, WriteError
+from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
 from weightkit.units import human_bytes, human_seconds
-from weightkit.writer.journal import Journal, Progress, sync_folder
-from weightkit.writer.plan import PARTIAL, Plan, PlannedFile
-from weightkit.writer.resources import default_jobs
-from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, FULL, AppendStream, no_space
-from weightkit.writer.target import clear_target, inspect_target, only_writer, require_memory, require_space
+from weightkit.writer.journal import Journal, Progress
+from weightkit.writer.plan import Plan, PlannedFile
+from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, AppendStream
+from weightkit.writer.target import clear_target, inspect_target, require_memory, require_space
 
 #: Largest piece that is evaluated at once; bounds the memory of a worker.
 STRIP_BYTES = 8 << 20

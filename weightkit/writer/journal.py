@@ -22,6 +22,7 @@ from pathlib import Path
 from weightkit.checkpoint.folder import STATE_DIR
 from weightkit.checkpoint.index import is_relative_path
 from weightkit.checkpoint.reading import Stamp
+from weightkit.durable import sync_folder
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -129,12 +130,3 @@ def _read_progress(line: bytes, names: Collection[str]) -> tuple[str, Progress] 
         return None
     valid = type(progress.bytes) is int and isinstance(progress.sha256, str) and type(progress.done) is bool
     return (name, progress) if valid and name in names else None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,11 +24,10 @@ from weightkit.checkpoint.tensors import (
     size_bytes,
     stored_parts,
 )
+from weightkit.durable import PARTIAL
 from weightkit.errors import PlanError, TargetError
 from weightkit.layouts import FileSet
 
-#: Ending of a file's name while it is written.
-PARTIAL = ".partial"
 #: Loaders (transformers among them) refuse files without it.
 METADATA = {"format": "pt"}
 

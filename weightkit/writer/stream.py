@@ -15,15 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from weightkit.checkpoint.reading import Bytes
-from weightkit.errors import SpaceError
+from weightkit.durable import FULL, no_space
 
 #: 256 KB to 4 MB wrote fastest, 16 MB slower; a resumed write continues at a multiple of it.
 BUFFER_BYTES = 4 << 20
 BUFFERS = 4
 #: What O_DIRECT wants lengths, offsets and addresses to be a multiple of, on any filesystem that has it.
 ALIGNMENT = 4096
-#: What a full disk answers.
-FULL = (errno.ENOSPC, errno.EDQUOT)
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -217,12 +215,3 @@ def _reserve(file: int, size_bytes: int, path: Path) -> None:
             raise no_space(path)
         if code == errno.EFBIG:
             raise OSError(code, os.strerror(code), str(path))
-
-
-def no_space(path: Path) -> SpaceError:
-    """What to raise for a full disk."""
-    return SpaceError(
-        "the disk is full",
-        where=path,
-        fix="Free some space and run the same command again: it continues where it stopped.",
-    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from weightkit.machine import available_memory_bytes, default_jobs, free_disk_bytes
 from weightkit.units import human_bytes
 from weightkit.writer.execute import peak_memory_bytes
 from weightkit.writer.plan import Plan
-from weightkit.writer.resources import available_memory_bytes, default_jobs, free_disk_bytes
 from weightkit.writer.target import inspect_target
 
 
@@ -28,7 +28,7 @@ class Summary:
     free_disk_bytes: int
     jobs: int
     peak_memory_bytes: int
-    available_memory_bytes: int | None
+    available_memory_bytes: int
     plan_sha256: str
 
     def to_json(self) -> dict[str, object]:
@@ -37,7 +37,7 @@ class Summary:
 
     def render(self) -> str:
         """Aligned lines for a terminal."""
-        memory = "unknown" if self.available_memory_bytes is None else human_bytes(self.available_memory_bytes)
+        memory = human_bytes(self.available_memory_bytes)
         rows = {
             "target": f"{self.target} ({self.state})",
             "files": f"{self.files}, and {self.side_files} side files",

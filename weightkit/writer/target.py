@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,16 +12,14 @@ from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import read_lock
 from weightkit.checkpoint.reading import Stamp
+from weightkit.durable import PARTIAL, SLACK_BYTES
 from weightkit.errors import FormatError, SpaceError, TargetError
+from weightkit.machine import available_memory_bytes, free_disk_bytes
 from weightkit.writer.journal import JOURNAL_NAME, Progress, read_history
-from weightkit.writer.plan import PARTIAL, Plan
-from weightkit.writer.resources import available_memory_bytes, free_disk_bytes
+from weightkit.writer.plan import Plan
 
 #: Endings of what a checkpoint must not be mixed with.
 _WEIGHTS = (".safetensors", INDEX_NAME)
-_WRITER = "writer"
-#: Room left for what grows beside the weights: journal, folders, the filesystem's own needs.
-SLACK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ def require_space(plan: Plan, files: Mapping[str, Progress], *, force: bool = Fa
 def require_memory(needed: int) -> None:
     """Raise ``SpaceError`` where buffers of ``needed`` bytes are more than the machine can give."""
     available = available_memory_bytes()
-    if available is not None and needed > available:
+    if needed > available:
         raise SpaceError(
             "not enough memory for the buffers",
             where="--jobs",
@@ -187,39 +184,3 @@ def _is_done(name: str, files: Mapping[str, Progress]) -> bool:
 
 def _allocated(path: Path) -> int:
     return path.lstat().st_blocks * 512 if os.path.lexists(path) else 0
-
-
-@contextmanager
-def only_writer(target: Path) -> Iterator[None]:
-    """Hold the target for this process. Raises ``TargetError`` where another one has it."""
-    folder = target / STATE_DIR
-    handle = _hold(folder)
-    try:
-        yield
-    finally:
-        if not (folder / JOURNAL_NAME).exists():
-            with suppress(OSError):  # another process may be about to hold it: then the folder stays
-                (folder / _WRITER).unlink(missing_ok=True)
-                folder.rmdir()
-        os.close(handle)
-
-
-def _hold(folder: Path) -> int:
-    """A handle on the file whose lock says who writes."""
-    path = folder / _WRITER
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:
-            continue  # a writer that ended took the folder away
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            os.close(handle)
-            raise TargetError(
-                "another process is writing there", where=folder.parent, fix="Wait for it, or name another target."
-            ) from exc
-        if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
-            return handle
-        os.close(handle)  # a writer that ended took this file away: its lock keeps nobody out
