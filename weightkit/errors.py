@@ -21,6 +21,13 @@
     │   ├── TargetError             the target is in use, or holds something else
     │   ├── SourceChangedError      a source file is not what the plan was made from
     │   └── Interrupted             stopped by a signal; the next run continues
+    ├── HubError                    fetching from a hub
+    │   ├── RepositoryError         an unknown repository, revision or file
+    │   ├── AccessError             gated, private, or a token that is not accepted
+    │   ├── UnreachableError        no connection, or a hub that does not answer properly
+    │   ├── ListingError            a listing that is hostile, contradicts itself or is not what it was
+    │   ├── ContentError            bytes that are not what the listing says
+    │   └── FetchError              files that could not be fetched; the others are in place
     ├── DeviceError                 a device that is absent or cannot do what was asked
     └── GenerationError             text could not be generated
         ├── TokenizerError          no usable tokenizer or chat template
@@ -162,6 +169,30 @@ class Interrupted(WriteError):  # noqa: N818 - an interruption is no error of th
     """Stopped by a signal. What was done is kept; the next run continues."""
 
 
+class HubError(WeightkitError):
+    """Fetching from a hub failed."""
+
+
+class RepositoryError(HubError):
+    """A hub has no such repository, revision or file."""
+
+
+class AccessError(HubError):
+    """A repository is gated or private, or the token is not accepted."""
+
+
+class UnreachableError(HubError):
+    """A hub cannot be reached, or does not answer properly."""
+
+
+class ListingError(HubError):
+    """A listing is hostile, contradicts itself, or is not what it was."""
+
+
+class ContentError(HubError):
+    """A hub sends other bytes than its listing says."""
+
+
 class DeviceError(WeightkitError):
     """A device is absent or cannot do what was asked."""
 
@@ -197,6 +228,10 @@ class Problems(CheckpointError):  # noqa: N818 - the plural says it
         count = f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}"
         lines = [f"{place}{self.what} ({count}).", render_problems(self.problems)]
         return "\n".join([*lines, self.fix] if self.fix else lines)
+
+
+class FetchError(Problems, HubError):
+    """Files that could not be fetched. All others are in place; the next run fetches only these."""
 
 
 def printable(text: str) -> str:
