@@ -207,6 +207,18 @@ def _identify(config: Mapping[str, object], where: str) -> _Member:
 
 _REQUIRED = object()
 
+#: No config of a real model comes near; a hostile one must not make us build lists of what it claims.
+MAX_SIZE = 2**31
+MAX_NUMBER = 1e300
+MAX_COUNTS = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 1_000, "n_routed_experts": 100_000}
+
+
+def _short(value: float) -> str:
+    """The number, or how long it is: printing an integer of thousands of digits fails."""
+    return (
+        f"an integer of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 64 else f"{value}"
+    )
+
 
 class _Reader:
     """Takes typed fields out of a config and keeps every problem, so that one run reports them all."""
@@ -233,7 +245,11 @@ class _Reader:
                 self.problems.append(f"{key}: expected an integer, found {value!r}")
             return minimum
         if value < minimum:
-            self.problems.append(f"{key}: expected at least {minimum}, found {value}")
+            self.problems.append(f"{key}: expected at least {minimum}, found {_short(value)}")
+            return minimum
+        most = MAX_COUNTS.get(key, MAX_SIZE)
+        if value > most:
+            self.problems.append(f"{key}: expected at most {most:,}, found {_short(value)}")
             return minimum
         return value
 
@@ -246,8 +262,8 @@ class _Reader:
             if value is not None:
                 self.problems.append(f"{key}: expected a number, found {value!r}")
             return 1.0
-        if not 0 < value < float("inf"):
-            self.problems.append(f"{key}: expected a positive finite number, found {value!r}")
+        if not 0 < value < MAX_NUMBER:
+            self.problems.append(f"{key}: expected a positive finite number, found {_short(value)}")
             return 1.0
         return float(value)
 
@@ -389,8 +405,8 @@ def _indexer_layers(reader: _Reader, layers: int) -> frozenset[int]:
     types = reader.config.get("indexer_types")
     if types is None:
         return everywhere
-    if not isinstance(types, list) or len(types) < layers or not {*types} <= {"full", "shared"}:
-        reader.problems.append(f"indexer_types: expected {layers} of 'full' or 'shared', found {types!r}")
+    if not isinstance(types, list) or len(types) < layers or not all(kind in ("full", "shared") for kind in types):
+        reader.problems.append(f"indexer_types: expected {layers} of 'full' or 'shared', found {str(types)[:80]}")
         return everywhere
     return everywhere - {layer for layer, kind in enumerate(types) if kind == "shared"}
 

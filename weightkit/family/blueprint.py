@@ -160,16 +160,20 @@ def layer_of(name: str) -> int | None:
     parts = name.split(".", 3)
     if parts[0] == "model":
         parts = parts[1:]
-    if len(parts) < 2 or parts[0] != "layers" or not (parts[1].isascii() and parts[1].isdecimal()):
+    if len(parts) < 2 or parts[0] != "layers" or not _is_number(parts[1]):
         return None
     return int(parts[1])
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdecimal() and len(part) <= 9  # longer ones are no layer of anything
 
 
 def expert_of(name: str) -> int | None:
     """The routed expert in a tensor's name, published or of the demo; else None."""
     parts = name.split(".")
     for before, after in pairwise(parts):
-        if before == "experts" and after.isascii() and after.isdecimal():
+        if before == "experts" and _is_number(after):
             return int(after)
     return None
 

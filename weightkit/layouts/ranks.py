@@ -36,7 +36,7 @@ from weightkit.layouts.scan import scan_files
 
 #: The demo's own arguments, for its ``--config``.
 DEMO_CONFIG_NAME = "demo_config.json"
-_RANK_FILE = re.compile(r"model(?P<rank>0|[1-9]\d*)-(?P<kind>mp|ep)(?P<count>[1-9]\d*)\.safetensors")
+_RANK_FILE = re.compile(r"model(?P<rank>0|[1-9]\d{0,5})-(?P<kind>mp|ep)(?P<count>[1-9]\d{0,5})\.safetensors")
 
 
 class RankSet(NamedTuple):
