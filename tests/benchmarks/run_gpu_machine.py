@@ -17,6 +17,7 @@ which ``apply_chat_template`` gets ``return_dict=False``, without which it fails
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -72,13 +73,18 @@ def quiet(command: list[str]) -> tuple[bool, str]:
     return done.returncode == 0, (done.stdout + done.stderr).strip()
 
 
+def version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} MISSING"
+
+
 def check(session: Session) -> bool:
     """Say what is there. Returns whether there is a GPU."""
     free_gb = shutil.disk_usage(session.folder).free / 1e9
     session.note(f"free on {session.folder}: {free_gb:.0f} GB; load {os.getloadavg()[0]:.1f}")
-    for module in ("torch", "triton", "numba", "numpy", "safetensors", "transformers", "tqdm"):
-        okay, output = quiet([session.python, "-c", f"import {module}; print({module}.__version__)"])
-        session.note(f"{module} {output.splitlines()[-1] if output else '?'}" + ("" if okay else " MISSING"))
+    session.note(", ".join(map(version, ("torch", "triton", "numba", "numpy", "safetensors", "transformers", "tqdm"))))
     okay, output = quiet([session.python, "-c", "import weightkit; weightkit.open_checkpoint; weightkit.write"])
     session.note("weightkit imports" if okay else f"weightkit does NOT import: {output[-400:]}")
     if session.peers is None:
