@@ -20,6 +20,7 @@ from weightkit.family import Architecture, expert_of, layer_of
         ("rope_theta", 10**400),
         ("rms_norm_eps", -(10**400)),
     ],
+    ids=["layers", "layers-long", "mtp", "experts", "hidden", "theta", "eps"],
 )
 def test_a_claim_beyond_any_model_is_refused_by_name(field: str, value: int) -> None:
     with pytest.raises(ConfigError, match=field):
