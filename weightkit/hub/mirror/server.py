@@ -20,10 +20,18 @@ MAX_CONNECTIONS = 256
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ``PlanError`` for an address that cannot be had."""
+    """A socket bound to an address, which takes connections once the server runs: until then they are refused, not
+    left waiting. Raises ``PlanError`` for an address that cannot be had."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
     except OSError as exc:
         raise PlanError(
             f"cannot listen there ({exc.strerror or exc})",
