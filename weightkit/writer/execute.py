@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.copies import Copy, copies
-from weightkit.checkpoint.folder import LOCK_NAME
+from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.checkpoint.reading import SCRATCH_BYTES, Bytes
@@ -122,6 +123,7 @@ def execute(
         raise PlanError("not a number of jobs", where="--jobs", expected="at least 1", found=jobs)
     state = inspect_target(plan, force=force)
     if state.complete:
+        _sweep(plan.target)
         return _nothing_to_do(plan, started)
     require_space(plan, state.files, force=force)
     require_memory(peak_memory_bytes(plan, jobs or default_jobs()))
@@ -133,6 +135,13 @@ def execute(
         if exc.errno in FULL:
             raise no_space(plan.target) from exc
         raise WriteError(f"cannot be written ({exc.strerror})", where=exc.filename or plan.target) from exc
+
+
+def _sweep(target: Path) -> None:
+    """Take away the state folder that a run left which was killed when all but that was done."""
+    if (target / STATE_DIR).exists():
+        with suppress(OSError, WriteError), only_writer(target):
+            pass
 
 
 def _nothing_to_do(plan: Plan, started: float) -> Written:
