@@ -132,6 +132,8 @@ def manifest(folder: Path, metrics: Mapping[str, Evaluation], training: Mapping[
         "",
         "# Greedy exact match on held-out questions; perplexity a token on their text. fp8: values as stored, F32",
         "# arithmetic; bf16: cast to BF16, BF16 arithmetic. mtp_accuracy: answer tokens the MTP layer guesses right.",
+        "# Measured by python -m weightkit.manifests.pico.evaluate --runtime training; without the option, weightkit's",
+        "# own runtime answers.",
         *_table("evaluation", {"seed": SEED, "per_category_and_language": PER_CATEGORY_AND_LANGUAGE, **measured})[1:],
         *_table("training", training),
     ]

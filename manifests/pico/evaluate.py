@@ -1,7 +1,9 @@
 """How well pico answers: exact-match accuracy on held-out questions, and perplexity on their text.
 
-``python -m weightkit.manifests.pico.evaluate FOLDER`` evaluates a published checkpoint with the training network. To
-evaluate another runtime, give :func:`accuracy` that runtime's answers to :func:`evaluation_questions`.
+``python -m weightkit.manifests.pico.evaluate PATH`` evaluates a checkpoint of pico in any layout with weightkit's own
+runtime; ``--runtime training`` a published one with the network that was trained, which knows nothing of weightkit's
+model: the published figures are from it. To evaluate something else, give :func:`accuracy` its answers to
+:func:`evaluation_questions`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -47,17 +49,21 @@ class Perplexity(TypedDict):
     tokens: int
 
 
-class Evaluation(TypedDict):
+class Answers(TypedDict):
     """What one run over the questions gives.
 
-    ``mtp_accuracy`` is the share of answer tokens that the MTP layer's best guess gets right two tokens ahead;
-    ``wrong`` the first wrong answers, each with ``prompt``, ``expected`` and ``found``.
+    ``wrong`` has the first wrong answers, each with ``prompt``, ``expected`` and ``found``.
     """
 
     accuracy: Accuracy
     perplexity: Perplexity
-    mtp_accuracy: float
     wrong: list[dict[str, str]]
+
+
+class Evaluation(Answers):
+    """With the MTP layer: the share of answer tokens that its best guess gets right two tokens ahead."""
+
+    mtp_accuracy: float
 
 
 def evaluation_questions(per_category_and_language: int = PER_CATEGORY_AND_LANGUAGE) -> list[Question]:
@@ -83,6 +89,31 @@ def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> Accuracy:
         "by_category": _shares([question.category for question in questions], right),
         "by_language": _shares([question.language for question in questions], right),
         "by_kind": _shares([f"{question.category}: {question.kind}" for question in questions], right),
+    }
+
+
+def wrong_answers(questions: Sequence[Question], answers: Sequence[str], most: int = 60) -> list[dict[str, str]]:
+    """The first ``most`` wrong answers, each with ``prompt``, ``expected`` and ``found``."""
+    pairs = zip(questions, answers, strict=True)
+    wrong = [
+        {"prompt": question.prompt, "expected": question.answer, "found": answer}
+        for question, answer in pairs
+        if answer.strip() != question.answer
+    ]
+    return wrong[:most]
+
+
+def conversation_text(question: Question) -> str:
+    """The whole conversation as the chat template writes it: what perplexity is measured on."""
+    return f"{prompt_text(question.prompt)}{question.answer}{EOS}"
+
+
+def perplexity_of(text_loss: float, text_tokens: float, answer_loss: float, answer_tokens: float) -> Perplexity:
+    """From sums of negative log-likelihoods, in nats: of all tokens after the first, and of answers with their end."""
+    return {
+        "text": round(math.exp(text_loss / text_tokens), 5),
+        "answers": round(math.exp(answer_loss / answer_tokens), 5),
+        "tokens": int(text_tokens),
     }
 
 
@@ -129,10 +160,7 @@ def perplexity(
         tokens that the MTP layer's best guess gets right two tokens ahead.
     """
     device = network.embed_tokens.device
-    sequences = sorted(
-        (tokenizer.encode(f"{prompt_text(question.prompt)}{question.answer}{EOS}").ids for question in questions),
-        key=len,
-    )
+    sequences = sorted((tokenizer.encode(conversation_text(question)).ids for question in questions), key=len)
     sums = torch.zeros(6, dtype=torch.float64)
     for first in range(0, len(sequences), batch):
         ids = _padded(sequences[first : first + batch], device)
@@ -149,24 +177,20 @@ def perplexity(
         parts = (loss[valid].sum(), valid.sum(), loss[answer].sum(), answer.sum(), hits.sum(), ahead.sum())
         sums += torch.stack([part.double().cpu() for part in parts])
     text_loss, text_count, answer_loss, answer_count, hit_count, ahead_count = sums.tolist()
-    result: Perplexity = {
-        "text": round(math.exp(text_loss / text_count), 5),
-        "answers": round(math.exp(answer_loss / answer_count), 5),
-        "tokens": int(text_count),
-    }
+    result = perplexity_of(text_loss, text_count, answer_loss, answer_count)
     return result, round(hit_count / ahead_count, 5)
 
 
 def evaluate(network: Network, tokenizer: Tokenizer, questions: Sequence[Question], dtype: torch.dtype) -> Evaluation:
     """Accuracy, perplexity, MTP accuracy and the first wrong answers."""
     answers = greedy_answers(network, tokenizer, [prompt_text(question.prompt) for question in questions], dtype)
-    wrong = [
-        {"prompt": question.prompt, "expected": question.answer, "found": answer}
-        for question, answer in zip(questions, answers, strict=True)
-        if answer.strip() != question.answer
-    ]
     text, mtp = perplexity(network, tokenizer, questions, dtype)
-    return {"accuracy": accuracy(questions, answers), "perplexity": text, "mtp_accuracy": mtp, "wrong": wrong[:60]}
+    return {
+        "accuracy": accuracy(questions, answers),
+        "perplexity": text,
+        "mtp_accuracy": mtp,
+        "wrong": wrong_answers(questions, answers),
+    }
 
 
 def evaluate_checkpoint(folder: Path, questions: Sequence[Question], device: torch.device) -> dict[str, Evaluation]:
@@ -186,15 +210,23 @@ def evaluate_checkpoint(folder: Path, questions: Sequence[Question], device: tor
 def main() -> None:
     """Prints the evaluation of a checkpoint as JSON."""
     parser = argparse.ArgumentParser(description="Evaluate a pico checkpoint on held-out questions.")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("path", type=Path, nargs="?", default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--runtime", choices=("weightkit", "training"), default="weightkit")
+    parser.add_argument("--dtype", choices=("bf16", "f16", "f32"), help="to compute in, of weightkit's runtime")
     parser.add_argument(
         "--questions", type=int, default=PER_CATEGORY_AND_LANGUAGE, help="of each category and language"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    result = evaluate_checkpoint(
-        arguments.folder, evaluation_questions(arguments.questions), torch.device(arguments.device)
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    questions = evaluation_questions(given.questions)
+    result: Mapping[str, object]
+    if given.runtime == "training":
+        result = evaluate_checkpoint(given.path, questions, torch.device(given.device))
+    else:
+        # Here alone, so that training needs nothing that stands above it.
+        from weightkit.manifests.pico.evaluate_runtime import evaluate_path
+
+        result = evaluate_path(given.path, questions, device=given.device, dtype=given.dtype)
     print(json.dumps(result, ensure_ascii=False, indent=1))
 
 

@@ -2,7 +2,8 @@
 
 Time-boxed: learning rate, bias updates and the quantized last stretch go by the share of the time that has passed, so
 training always ends annealed, whatever the machine. Leaves in FOLDER: ``pico.tar`` (``checkpoint/`` and
-``manifest.toml``), ``train.log``, ``metrics.json``.
+``manifest.toml``) and ``train.log``. The published checkpoint's log lies beside this file; its first line has the
+arguments.
 
 The recipe: AdamW on packed conversations, no document sees another; cross-entropy on every token, answers counting ten
 times as much as questions; 0.3 of the same for the MTP layer; experts balanced by the router's bias alone (the paper's
@@ -13,7 +14,6 @@ blocks or BF16, while gradients go to the F32 masters: the exported checkpoint i
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -369,7 +369,7 @@ def _percent(shares: Mapping[str, float]) -> str:
 
 
 def _finish(trainer: Trainer, questions: list[Question], training: dict[str, object]) -> None:
-    """Exports, evaluates what was exported, writes manifest and metrics; the archive is written whatever fails."""
+    """Exports, evaluates what was exported, writes the manifest; the archive is written whatever fails."""
     out, log = trainer.options.out, trainer.log
     folder = out / "checkpoint"
     try:
@@ -385,8 +385,6 @@ def _finish(trainer: Trainer, questions: list[Question], training: dict[str, obj
         )
         (folder / "README.md").write_text(card(folder, metrics), encoding="utf-8")
         (out / "manifest.toml").write_text(manifest(folder, metrics, training), encoding="utf-8")
-        record = {"training": training, "expert_loads": loads, **metrics}
-        (out / "metrics.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     finally:
         with tarfile.open(out / "pico.tar", "w") as archive:
             for name in ("checkpoint", "manifest.toml"):
