@@ -22,6 +22,7 @@ _HOMES = {
     "Checkpoint": "weightkit.checkpoint",
     "WeightkitError": "weightkit.errors",
     "cast": "weightkit.transforms",
+    "fetch": "weightkit.hub",
     "generate": "weightkit.generation",
     "inspect": "weightkit.examine",
     "keep_experts": "weightkit.transforms",
@@ -36,8 +37,10 @@ _HOMES = {
 if TYPE_CHECKING:
     from weightkit.checkpoint import Checkpoint
     from weightkit.errors import WeightkitError
-    from weightkit.examine import inspect, verify
+    from weightkit.examine.inspect import inspect
+    from weightkit.examine.verify import verify
     from weightkit.generation import generate
+    from weightkit.hub import fetch
     from weightkit.layouts import open_checkpoint
     from weightkit.transforms import cast, keep_experts, merge, shard, strip_mtp
     from weightkit.writer import write
@@ -46,6 +49,7 @@ __all__ = [
     "Checkpoint",
     "WeightkitError",
     "cast",
+    "fetch",
     "generate",
     "inspect",
     "keep_experts",

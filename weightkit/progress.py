@@ -24,7 +24,7 @@ class Progress:
     """
 
     def __init__(self, total: int, desc: str, *, shown: bool = True, parts: int = 0) -> None:
-        self._parts, self._parts_done = parts, 0
+        self._parts, self._parts_done, self._note, self._shown = parts, 0, "", shown
         self._lock = threading.Lock()
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "smoothing": 0.05, "disable": not shown}
         if not _is_interactive():
@@ -51,7 +51,24 @@ class Progress:
         """One more file is done."""
         with self._lock:
             self._parts_done += 1
-            self._bar.set_postfix_str(f"{self._parts_done}/{self._parts} files", refresh=False)
+            self._set_postfix()
+
+    def note(self, text: str) -> None:
+        """What the bar says after the files, such as where the bytes come from."""
+        with self._lock:
+            if text != self._note:
+                self._note = text
+                self._set_postfix()
+
+    def tell(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._shown:
+            with self._lock:
+                self._bar.write(text, file=sys.stderr)
+
+    def _set_postfix(self) -> None:
+        files = f"{self._parts_done}/{self._parts} files"
+        self._bar.set_postfix_str(", ".join(filter(None, (files, self._note))), refresh=False)
 
 
 class _Lines:

@@ -7,19 +7,20 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import urljoin
 
 import requests
 from urllib3.exceptions import HTTPError
 
-from weightkit import __version__
 from weightkit.errors import AccessError, ContentError, RepositoryError, UnreachableError
 from weightkit.hub.clients import Hub, origin_of
 from weightkit.hub.listing import RemoteFile
 from weightkit.hub.patience import Hiccup, Patience, wait_from_headers
 
 MAX_REDIRECTS = 8
+_VERSION = version("weightkit")
 _CONTENT_RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)")
 _HEX = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -39,11 +40,15 @@ class Source:
 
 
 class Stream:
-    """The body of one response, from byte ``start`` of the file on. ``etag`` names the object on the host ``host``."""
+    """The body of one response, from byte ``start`` of the file on.
+
+    ``etag`` names the object on the host ``host``; ``whole`` says that the body is the whole file, asked for or not.
+    """
 
     def __init__(self, response: requests.Response, start: int, etag: str | None) -> None:
         self.start, self.etag = start, etag
         self.host = origin_of(response.url)[1]
+        self.whole = response.status_code == 200
         self._response, self._raw = response, response.raw
         # Asked for plain bytes, and yet: a server may compress what it takes for text.
         self._decode = bool(response.headers.get("Content-Encoding"))
@@ -120,7 +125,7 @@ class Transport:
         announced: str | None = None
         for _ in range(MAX_REDIRECTS):
             at_hub = origin_of(url) == home
-            headers = {"User-Agent": f"weightkit/{__version__}", "Accept-Encoding": "identity"}
+            headers = {"User-Agent": f"weightkit/{_VERSION}", "Accept-Encoding": "identity"}
             headers |= {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span is not None else {}
             headers |= dict(source.hub.headers()) if at_hub else {}
             response = self._get(url, headers)
