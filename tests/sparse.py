@@ -41,7 +41,7 @@ def write_sparse(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file = f"model-{number:05}-of-{shards:06}.safetensors"
-        _write_file(folder / file, {name: tensors[name] for name in names})
+        write_file(folder / file, {name: tensors[name] for name in names})
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -51,7 +51,8 @@ def write_sparse(
     return total
 
 
-def _write_file(path: Path, tensors: Mapping[str, tuple[str, Shape]]) -> None:
+def write_file(path: Path, tensors: Mapping[str, tuple[str, Shape]]) -> None:
+    """One file: a header, and a hole for the data."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():
