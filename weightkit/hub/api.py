@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weightkit.durable import FULL, no_space, only_writer
 from weightkit.errors import PlanError, TargetError
-from weightkit.hub.line import Shared
+from weightkit.hub.line import READ_BYTES, Shared
 from weightkit.hub.partial import Grain
 from weightkit.hub.patience import Patience, Throttle
 from weightkit.hub.plan import FetchPlan, make_shared, plan_fetch, require_space
@@ -142,17 +142,18 @@ def execute(
     started: float | None = None,
 ) -> Fetched:
     """Carry out a plan. Arguments and errors as of ``fetch``."""
-    started = time.monotonic() if started is None else started
+    started, grain = time.monotonic() if started is None else started, grain or Grain()
     if plan.complete:
         return _result(plan, {}, started, plan.notes)
     require_space(plan)
     stop = threading.Event()
     shared = make_shared(plan.sources, patience or Patience(), stop)
     shared.throttle, shared.spread = Throttle(max_rate, stop), plan.spread
+    shared.read_bytes = min(READ_BYTES, grain.chunk_bytes)
     try:
         plan.target.mkdir(parents=True, exist_ok=True)
         with only_writer(plan.target):
-            notes = _run(plan, shared, jobs or DEFAULT_JOBS, grain or Grain(), progress)
+            notes = _run(plan, shared, jobs or DEFAULT_JOBS, grain, progress)
     except OSError as exc:
         if exc.errno in FULL:
             raise no_space(plan.target) from exc
