@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from weightkit.errors import (
     Problems,
     WeightkitError,
 )
-from weightkit.hub.mirror import Catalog, Repository, default_ids, hash_folder, open_repository
+from weightkit.hub.mirror import Catalog, Repository, default_ids, hash_folder, open_repository, serve
 
 NAME = "org/name"
 SHARD = "model-00001-of-000003.safetensors"
@@ -153,12 +156,38 @@ def test_the_commit_follows_from_the_content_alone(tmp_path: Path) -> None:
 
 
 def test_the_commit_that_was_fetched_is_another_name_of_it(tmp_path: Path) -> None:
-    repository = opened(write_locked(tmp_path / "a", origin={"commit": "f" * 40}))
-    assert repository.answers_to("f" * 40)
-    assert repository.answers_to("main")
-    assert repository.answers_to("master")
+    origin = {"repo": "deepseek-ai/DeepSeek-V3", "commit": "f" * 40}
+    repository = opened(write_locked(tmp_path / "a", origin={"fetch": origin}))
+    assert all(map(repository.answers_to, ("f" * 40, "main", "master", repository.commit)))
     assert not repository.answers_to("e" * 40)
     assert repository.commit != "f" * 40
+    assert default_ids(tmp_path / "a") == ("deepseek-ai/DeepSeek-V3", "weightkit/a")
+    without_mtp = opened(write_locked(tmp_path / "b", origin={"fetch": {**origin, "no_mtp": True}}))
+    assert not without_mtp.answers_to("f" * 40)  # its index is another
+
+
+@pytest.mark.parametrize("edit", ["none", "touched", "changed"])
+def test_what_was_touched_since_it_was_fetched_is_hashed_first(tmp_path: Path, edit: str) -> None:
+    with serve({NAME: PICO}) as endpoint:
+        fetched = subprocess.run(
+            [sys.executable, "-m", "weightkit", "fetch", NAME, "a", "--hub", "huggingface"],
+            env={**os.environ, "HF_ENDPOINT": endpoint},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    assert fetched.returncode == 0, fetched.stderr
+    folder, shard = tmp_path / "a", tmp_path / "a/model-00001-of-000004.safetensors"
+    if edit == "touched":
+        shard.touch()
+    elif edit == "changed":
+        flip(shard)
+    if edit == "changed":
+        with pytest.raises(ChecksumError, match="changed after it was fetched"):
+            opened(folder)
+    else:
+        assert opened(folder).commit == opened(PICO).commit
+        assert files_of(folder) == files_of(PICO)
 
 
 def test_a_snapshot_of_the_hub_clients_cache(tmp_path: Path) -> None:
@@ -191,8 +220,6 @@ def test_two_folders_under_one_id(tmp_path: Path) -> None:
 
 def test_a_listing_of_full_size_is_read_at_once(tmp_path: Path) -> None:
     """163 files of 4.2 GB, sparse: none of their bytes is read, and the small index is."""
-    import time
-
     names = [f"model-{number:05}-of-000163.safetensors" for number in range(1, 164)]
     for name in names:
         with (tmp_path / name).open("wb") as file:

@@ -1,6 +1,7 @@
 """What a mirror serves: the files of a folder whose size and SHA-256 are known, and nothing else.
 
-A folder with a lock is served by the lock. One without is held to all that ``verify`` knows first, and then hashed.
+A folder with a lock is served by the lock; what was touched since fetch verified it is hashed first. A folder without
+is held to all that ``verify`` knows, and hashed.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from pathlib import Path, PurePosixPath
 
 from weightkit.checkpoint.folder import CONFIG_NAME, LOCK_NAME, WEIGHT_SUFFIXES, require_inside, side_files
 from weightkit.checkpoint.index import INDEX_NAME
-from weightkit.checkpoint.lock import LockedFile, read_lock
+from weightkit.checkpoint.lock import Lock, LockedFile, read_lock
 from weightkit.checkpoint.reading import Bytes
 from weightkit.errors import ChecksumError, MissingFileError, NotACheckpointError, WeightkitError, raise_all
 from weightkit.examine import verify
 from weightkit.examine.checksums import shipped_manifest
 from weightkit.examine.stream import Reading, read_all
 from weightkit.examine.survey import survey
+from weightkit.hub.state import read_state
 
 #: Files above this are large whatever they are called: the hubs keep them apart from git, by SHA-256.
 LARGE_BYTES = 10 << 20
@@ -176,11 +178,12 @@ def open_repository(
     if lock is None or full:
         report = verify(folder, jobs=jobs, progress=progress)
         raise_all("not served, because verify finds problems", report.problems, where=folder)
+    elif changed := _changed_since_fetched(folder, recorded):
+        _require_recorded(folder, recorded, _hash(folder, changed, jobs=jobs, progress=progress))
     files = _served_files(folder, recorded or _hash(folder, names, jobs=jobs, progress=progress), stamps)
     if not files:
         raise NotACheckpointError("no files to serve", where=folder, fix="Name the folder of a checkpoint.")
-    commit = None if lock is None else lock.origin.get("commit")
-    return Repository(tuple(ids), folder, files, frozenset({commit} if isinstance(commit, str) else ()))
+    return Repository(tuple(ids), folder, files, _fetched_revisions(lock))
 
 
 def hash_folder(folder: Path, ids: Sequence[str], names: Iterable[str] | None = None) -> Repository:
@@ -203,6 +206,48 @@ def git_blob_id(content: bytes) -> str:
     digest = hashlib.sha1(f"blob {len(content)}\0".encode(), usedforsecurity=False)
     digest.update(content)
     return digest.hexdigest()
+
+
+def _changed_since_fetched(folder: Path, recorded: Mapping[str, LockedFile]) -> list[str]:
+    """Files of the recorded size that fetch found right, and whose stamps say that they were touched since."""
+    stamps = read_state(folder).stamps
+    paths = {name: folder / name for name in stamps.keys() & recorded.keys()}
+    return sorted(
+        name
+        for name, path in paths.items()
+        if path.is_file()
+        and path.stat().st_size == recorded[name].size_bytes
+        and not stamps[name].still_holds(path.stat())
+    )
+
+
+def _require_recorded(folder: Path, recorded: Mapping[str, LockedFile], found: Mapping[str, LockedFile]) -> None:
+    """Raise all whose SHA-256 is not the recorded one."""
+    problems = [
+        ChecksumError(
+            "changed after it was fetched, and the SHA-256 is not the recorded one",
+            where=folder / name,
+            expected=recorded[name].sha256,
+            found=file.sha256,
+            fix=_FETCH,
+        )
+        for name, file in found.items()
+        if file != recorded[name]
+    ]
+    raise_all("not served, because it is not whole", problems, where=folder)
+
+
+def _fetched_revisions(lock: Lock | None) -> frozenset[str]:
+    """The hub's commit, where these are its very files."""
+    origin = fetch_origin(lock)
+    commit = None if origin.get("no_mtp") is True else origin.get("commit")
+    return frozenset({commit} if isinstance(commit, str) else ())
+
+
+def fetch_origin(lock: Lock | None) -> Mapping[str, object]:
+    """Where fetch had the files from, as it says in the lock (``make_lock``); empty for any other lock."""
+    origin = None if lock is None else lock.origin.get("fetch")
+    return origin if isinstance(origin, Mapping) else {}
 
 
 def _manifest_files(entries: Mapping[str, object]) -> Iterator[tuple[str, LockedFile]]:

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 from weightkit import manifests, workspace
+from weightkit.checkpoint.lock import read_lock
 from weightkit.errors import PlanError
 from weightkit.examine.checksums import shipped_manifest
+from weightkit.hub.mirror.contents import fetch_origin
 
 #: Owner of what has no id on a hub.
 OWNER = "weightkit"
@@ -23,21 +25,23 @@ def is_id(text: str) -> bool:
 
 
 def default_ids(folder: Path) -> tuple[str, ...]:
-    """The ids of a folder that is given none: those of the hubs, where it is a known model as published, and
-    ``weightkit/NAME``, NAME from the model and form in the workspace, or from the folder.
+    """The ids of a folder that is given none: the repository that it was fetched from; those of the hubs, where it is a
+    known model as published; and ``weightkit/NAME``, NAME from the model and form in the workspace, or from the folder.
 
-    Raises ``PlanError`` where the folder's name makes no id.
+    Raises ``PlanError`` where the folder's name makes no id, ``FormatError`` for a damaged lock.
     """
     real = Path(os.path.realpath(folder))
     shipped = shipped_manifest(real)
     if shipped is not None:
         return (f"{OWNER}/{shipped.name}",)
-    home = Path(os.path.realpath(workspace.home()))
+    fetched = str(fetch_origin(read_lock(real)).get("repo"))
+    ids = [fetched] if is_id(fetched) else []
     model, form = real.parent.name, real.name
-    if real.parent.parent != home or model not in manifests.names():
-        return (_own(form, folder),)
-    known = manifests.load(model).hubs.values() if form == workspace.published_form(model) else ()
-    return tuple(dict.fromkeys([*(hub.id for hub in known), _own(f"{model}-{form}", folder)]))
+    if real.parent.parent != Path(os.path.realpath(workspace.home())) or model not in manifests.names():
+        return tuple(dict.fromkeys([*ids, _own(form, folder)]))
+    if form == workspace.published_form(model):
+        ids += [hub.id for hub in manifests.load(model).hubs.values()]
+    return tuple(dict.fromkeys([*ids, _own(f"{model}-{form}", folder)]))
 
 
 def _own(name: str, folder: Path) -> str:
