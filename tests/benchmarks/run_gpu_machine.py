@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
+#: How generate.py prints an answer; a random one may hold line breaks.
+COMPLETION = re.compile(r"^Completion: (.*?)\s*(?=^Prompt: |\Z)", re.DOTALL | re.MULTILINE)
 PROMPTS = "How many bytes has a BF16 value?\nWas ist ein Tensor?\n"
 
 
@@ -138,8 +141,20 @@ def generate(session: Session, source: Path) -> None:
     answers = [answer(session, scripts, folder, ours / "demo_config.json") for folder in (ours, theirs)]
     same = "the same text" if answers[0] == answers[1] else f"DIFFERENT text: {answers}"
     session.note(f"generate.py on our files and on convert.py's: {same if all(answers) else 'FAILED'}")
+    mine = [[own_answer(session, folder, prompt) for prompt in PROMPTS.splitlines()] for folder in (source, ours)]
+    said = [text.strip() for text in COMPLETION.findall(answers[0])]
+    same = "the same text" if mine == [said, said] else f"DIFFERENT text: {mine!a}"
+    session.note(f"weightkit generate on the FP8 checkpoint and on its rank file, beside generate.py: {same}")
     for folder in (scripts, ours, theirs):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def own_answer(session: Session, folder: Path, prompt: str) -> str:
+    options = ["--prompt", prompt, "--max-new-tokens", "16", "--quiet"]
+    okay, output = quiet([session.python, "-m", "weightkit", "generate", str(folder), *options])
+    if not okay:
+        session.note(f"weightkit generate on {folder.name} FAILED: {output[-600:]}")
+    return output
 
 
 def answer(session: Session, scripts: Path, folder: Path, config: Path) -> str:
@@ -149,9 +164,8 @@ def answer(session: Session, scripts: Path, folder: Path, config: Path) -> str:
     if not okay:
         session.note(f"generate.py on {folder.name} FAILED: {output[-600:]}")
         return ""
-    completions = [line for line in output.splitlines() if line.startswith(("Prompt:", "Completion:"))]
-    session.note(f"generate.py on {folder.name}: {completions!a}")
-    return "\n".join(completions)
+    session.note(f"generate.py on {folder.name}: {COMPLETION.findall(output)!a}")
+    return output[output.index("Prompt:") :]
 
 
 def main() -> None:
