@@ -292,7 +292,8 @@ def test_a_narrowed_dequantized_tensor_is_the_slice_of_the_whole(
 def test_a_concat_of_dequantized_narrows(fp8: tuple[Dequantized, npt.NDArray[np.uint16]], data: st.DataObject) -> None:
     whole, bits = fp8
     dim = data.draw(st.integers(0, 1))
-    cuts = data.draw(st.lists(st.tuples(st.integers(0, 260), st.integers(1, 40)), min_size=1, max_size=4))
+    starts = st.integers(0, 260) | st.sampled_from([0, 128, 256])
+    cuts = data.draw(st.lists(st.tuples(starts, st.integers(1, 40)), min_size=1, max_size=4))
     tensor = concat([narrow(whole, dim, start, length) for start, length in cuts], dim)
     expected = np.concatenate(
         [bits[start : start + n] if dim == 0 else bits[:, start : start + n] for start, n in cuts], dim
@@ -301,6 +302,15 @@ def test_a_concat_of_dequantized_narrows(fp8: tuple[Dequantized, npt.NDArray[np.
         assert evaluate(tensor, reader, CpuEngine()).tobytes() == expected.tobytes()
         pieces = [evaluate(strip, reader, CpuEngine()).tobytes() for strip in strips(tensor, 4000)]
     assert b"".join(pieces) == expected.tobytes()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_that_end_within_a_block_do_not_share_scales(dim: int) -> None:
+    """100 rows of one block and 28 of another are no block."""
+    whole = dequantize(Stored("w", 0, "F8_E4M3", (256, 256)), Stored("s", 0, "F32", (2, 2)), "BF16", name="w")
+    first, second = narrow(whole, dim, 0, 100), narrow(whole, dim, 128, 28)
+    assert concat([first, second], dim) == Concat((first, second), dim)
+    assert concat([narrow(whole, dim, 0, 128), narrow(whole, dim, 128, 100)], dim) == narrow(whole, dim, 0, 228)
 
 
 def test_whole_blocks_of_a_dequantized_tensor_narrow_weight_and_scale() -> None:

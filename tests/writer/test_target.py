@@ -17,6 +17,7 @@ from tiny import write_tiny
 
 import weightkit as wk
 from weightkit.checkpoint import Checkpoint
+from weightkit.durable import only_writer
 from weightkit.errors import Interrupted, SpaceError, TargetError, WriteError
 from weightkit.layouts import FileSet
 from weightkit.writer import make_plan, stream, target
@@ -386,6 +387,29 @@ def test_two_writers_on_one_target(force: str, source: Path, tmp_path: Path) -> 
     write(stripped(source), out)  # the first one's lock died with it
     write(stripped(source), tmp_path / "whole")
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_the_lock_of_a_file_that_was_taken_away_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that ends removes the lock's file just after another has opened it: that one must hold a new file."""
+    import fcntl
+
+    flock, calls = fcntl.flock, []
+
+    def ending(handle: int, operation: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / STATE / "writer").unlink()
+            (tmp_path / STATE).rmdir()
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", ending)
+    with only_writer(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(TargetError, match="another process is writing"), only_writer(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_writer_that_waited_sees_what_was_written_meanwhile(
