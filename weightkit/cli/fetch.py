@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def command(
 
     if options["token"] and options["hub"] not in ("huggingface", "modelscope"):
         raise click.UsageError("--token needs --hub huggingface or --hub modelscope, so that no other hub sees it.")
+    _quieten_clients()
     plan = plan_fetch(model, dst, **options)
     if dry_run:
         click.echo(json.dumps(plan.to_json()) if as_json else plan.render())
@@ -78,3 +80,9 @@ def command(
         click.echo(json.dumps(done.to_json()))
     elif not quiet:
         click.echo(done.render())
+
+
+def _quieten_clients() -> None:
+    """What the clients warn of is either tried again or ends in an error of ours."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("MODELSCOPE_LOG_LEVEL", "ERROR")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from weightkit.errors import HubError, TargetError, UnreachableError, WeightkitError, raise_all
-from weightkit.hub.clients import Hub, connect
+from weightkit.hub.clients import OFFLINE, Hub, connect
 from weightkit.hub.listing import HubName, Listing
 from weightkit.hub.patience import Hiccup, Patience, Stopped
 from weightkit.hub.state import State
@@ -90,7 +90,7 @@ def _ask(
         try:
             result = questions[name]()
         except Hiccup as hiccup:
-            result = UnreachableError(f"does not answer ({hiccup.reason})", where=name, fix=_OFFLINE)
+            result = UnreachableError(f"does not answer ({hiccup.reason})", where=name, fix=OFFLINE)
         except Stopped:
             pass
         except WeightkitError as error:
@@ -113,9 +113,6 @@ def _ask(
         return dict(found)
 
 
-_OFFLINE = "Check the network, HF_ENDPOINT and MODELSCOPE_ENDPOINT, and run it again."
-
-
 def _take(
     answers: Answers, hub: Hub, found: Listing | WeightkitError | None, pinned: Listing | None, revision: str | None
 ) -> None:
@@ -123,7 +120,7 @@ def _take(
     if isinstance(found, WeightkitError):
         answers.problems.append(found)
     elif found is None:
-        answers.problems.append(UnreachableError("does not answer in time", where=hub.name, fix=_OFFLINE))
+        answers.problems.append(UnreachableError("does not answer in time", where=hub.name, fix=OFFLINE))
     if pinned is not None:
         now = found.commit if isinstance(found, Listing) else None
         if revision not in (None, pinned.revision, pinned.commit) and now != pinned.commit:

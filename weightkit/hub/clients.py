@@ -20,6 +20,7 @@ from weightkit.hub.patience import Hiccup, wait_from_headers
 
 #: Longest wait for one answer about metadata.
 METADATA_TIMEOUT_S = 30.0
+OFFLINE = "Check the network, HF_ENDPOINT and MODELSCOPE_ENDPOINT, and run it again."
 _CHECK_NAME = "Check the name (owner/name) and --revision; a private repository needs a token."
 
 
@@ -195,8 +196,11 @@ class ModelScope:
             after = getattr(exc, "retry_after", None)
             headers = {"Retry-After": str(after)} if after is not None else {}
             raise _http_problem(self, exc.status_code or 500, headers) from exc
-        except (errors.HubError, OSError) as exc:
-            raise Hiccup(f"{type(exc).__name__}: {exc}", unreachable=True) from exc
+        except (errors.HubError, OSError) as exc:  # the client has tried several times
+            reason = str(exc).partition("(Caused by")[0][:200]
+            raise UnreachableError(
+                f"does not answer ({type(exc).__name__}: {reason})", where=self.name, fix=OFFLINE
+            ) from exc
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ListingError("an answer that is no listing", where=_place(self), found=_short(exc)) from exc
 

@@ -154,6 +154,8 @@ def plan_fetch(
         origin = state.lock.origin["fetch"]
         commit = origin.get("commit") if isinstance(origin, Mapping) else None
         revision = commit if isinstance(commit, str) and ":" not in commit else None
+    elif not check and _is_finished(folder, state, include, exclude, no_mtp) and state.listings[0].hub in names:
+        names = [state.listings[0].hub]  # one question: has the branch moved?
     patience, stop = patience or Patience(), threading.Event()
     answers = ask_all(wanted, names, state, revision=revision, token=token, patience=patience, stop=stop)
     listing = answers.listings[0]
@@ -207,6 +209,15 @@ def _known_without_mtp(target: Path, state: State) -> WithoutMtp | None:
     if not all(_holds(target / path, state.stamps.get(path), "derived") for path in state.derived):
         return None
     return WithoutMtp(tuple(state.skipped), {path: (target / path).read_bytes() for path in state.derived})
+
+
+def _is_finished(target: Path, state: State, include: Sequence[str], exclude: Sequence[str], no_mtp: bool) -> bool:
+    """Whether all that is wanted of the pinned listing is held."""
+    if state.lock is None or not state.listings or no_mtp != state.no_mtp:
+        return False
+    gone = {*state.skipped, *state.derived} if no_mtp else set()
+    wanted = select(state.listings[0], include, exclude).items()
+    return all(_holds(target / path, state.stamps.get(path), file.content) for path, file in wanted if path not in gone)
 
 
 def make_shared(sources: Sequence[Source], patience: Patience, stop: threading.Event) -> Shared:

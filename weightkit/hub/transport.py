@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
-
-import requests
-from urllib3.exceptions import HTTPError
 
 from weightkit.errors import AccessError, ContentError, RepositoryError, UnreachableError
 from weightkit.hub.clients import Hub, origin_of
 from weightkit.hub.listing import RemoteFile
 from weightkit.hub.patience import Hiccup, Patience, wait_from_headers
+
+if TYPE_CHECKING:
+    import requests
 
 MAX_REDIRECTS = 8
 _VERSION = version("weightkit")
@@ -57,7 +57,7 @@ class Stream:
         """Up to ``count`` bytes, as soon as there are any; none at the end. Raises ``Hiccup``."""
         try:
             return bytes(self._raw.read1(count, decode_content=self._decode))
-        except (HTTPError, OSError, ValueError, AttributeError) as exc:
+        except (_http_error(), OSError, ValueError, AttributeError) as exc:
             # ValueError and AttributeError: the response was shut by another thread.
             raise Hiccup(_words(exc)) from exc
 
@@ -78,6 +78,8 @@ class Transport:
     """One worker's connections."""
 
     def __init__(self, patience: Patience, stop: threading.Event) -> None:
+        import requests  # not before it is needed: a finished target is found finished without it
+
         self._timeout = (patience.connect_s, patience.stall_s)
         self._stop = stop
         self._session = requests.Session()
@@ -142,13 +144,15 @@ class Transport:
         raise Hiccup("too many redirects")
 
     def _get(self, url: str, headers: Mapping[str, str]) -> requests.Response:
+        from requests import exceptions
+
         try:
             return self._session.get(
                 url, headers=dict(headers), stream=True, allow_redirects=False, timeout=self._timeout
             )
-        except (requests.exceptions.ConnectTimeout, requests.exceptions.ConnectionError) as exc:
+        except (exceptions.ConnectTimeout, exceptions.ConnectionError) as exc:
             raise Hiccup(_words(exc), unreachable=True) from exc
-        except (requests.RequestException, HTTPError, OSError, ValueError) as exc:
+        except (exceptions.RequestException, _http_error(), OSError, ValueError) as exc:
             raise Hiccup(_words(exc)) from exc
         finally:
             self._session.cookies.clear()  # a server's cookies are no business of the next request
@@ -204,6 +208,12 @@ def _require_same_object(source: Source, file: RemoteFile, announced: str | None
             found=announced,
             fix="It was replaced, or the listing is wrong. Run fetch again later, or name another --hub.",
         )
+
+
+def _http_error() -> type[Exception]:
+    from urllib3.exceptions import HTTPError
+
+    return HTTPError
 
 
 def _words(error: BaseException) -> str:

@@ -1,0 +1,276 @@
+"""A fetch that is killed, stopped or run twice: whatever happens, the next run continues."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from faulty_hub import Delay, FaultyHub, Stall, Status, Throttle
+from fetching import FIRST, NAME, SIZE, content, get, require_whole, total
+
+from weightkit.durable import only_writer
+from weightkit.errors import FetchError, TargetError
+
+KILLS = 50
+#: Imports once, then forks a child for each run and kills it at a random time: a run begins in milliseconds.
+FORKER = """
+import os, random, signal, sys, time
+import huggingface_hub, modelscope_hub, requests, weightkit.hub.api
+from huggingface_hub import HfApi
+sys.path.insert(0, {folder!r})
+from fetching import get
+from pathlib import Path
+chance, kills = random.Random({seed}), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        try:
+            get(Path({target!r}), hub={hub!r}, jobs=4)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    if kills < {least} or chance.random() < 0.5:
+        time.sleep(chance.uniform({shortest}, {longest}))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        print(kills, os.WEXITSTATUS(status))
+        break
+    kills += 1
+"""
+
+
+def run_killed(
+    target: Path, hub: str, shortest: float, longest: float, *, seed: int, least: int = 0
+) -> tuple[int, int]:
+    """Fetch until a run comes to its end; how many were killed before, and the last one's exit code."""
+    code = FORKER.format(
+        folder=str(Path(__file__).parent),
+        target=str(target),
+        hub=hub,
+        shortest=shortest,
+        longest=longest,
+        seed=seed,
+        least=least,
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kills, status = map(int, done.stdout.split())
+    assert status == 0, done.stderr
+    return kills, status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hub", ["huggingface", "auto"])
+def test_killed_fifty_times_over_one_download(
+    hub: str, fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path
+) -> None:
+    """Slow enough that all kills hit; in the end the bytes are equal, and hardly any were sent twice."""
+    fetch_hub.fail(Throttle(130_000, 2048), path="model-*", times=None)
+    kills, _ = run_killed(tmp_path / "target", hub, 0.1, 0.3, seed=1, least=KILLS)
+    assert kills >= KILLS
+    require_whole(tmp_path / "target", fetch_source)
+    assert fetch_hub.sent_bytes() < 1.1 * total(fetch_source)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_anywhere(seed: int, fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    """At full speed, so that kills fall on listings, renames, records and locks, too."""
+    run_killed(tmp_path / "target", "huggingface", 0.005, 0.12, seed=seed, least=25)
+    require_whole(tmp_path / "target", fetch_source)
+
+
+def command(hub: FaultyHub, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "MODELSCOPE_ENDPOINT": hub.endpoint}
+    return subprocess.Popen(
+        [sys.executable, "-m", "weightkit", "fetch", NAME, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_bytes(hub: FaultyHub, least: int) -> None:
+    until = time.monotonic() + 20
+    while hub.sent_bytes() < least:
+        assert time.monotonic() < until, "nothing is fetched"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("state", ["streaming", "stalled", "waiting for an answer", "waiting to try again"])
+def test_a_signal_stops_at_once(
+    state: str, number: signal.Signals, fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path
+) -> None:
+    if state == "streaming":
+        fetch_hub.fail(Throttle(100_000), path="model-*", times=None)
+    elif state == "stalled":
+        fetch_hub.fail(Stall(after=100_000), path="model-*", times=None)
+    elif state == "waiting for an answer":
+        fetch_hub.fail(Delay(30), path="model-*", times=None)
+    else:
+        fetch_hub.fail(Status(503, {"Retry-After": "60"}), path="model-*", times=None)
+    target = tmp_path / "target"
+    process = command(fetch_hub, str(target), "--hub", "huggingface")
+    if state in ("streaming", "stalled"):
+        wait_for_bytes(fetch_hub, 200_000)
+    else:
+        until = time.monotonic() + 20
+        while len(fetch_hub.requests(path="model-*", route="body")) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.3)
+    started = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - started < 2
+    assert process.returncode == 130
+    assert "Run the same command again to continue." in errors
+    assert "Traceback" not in errors
+    sent = fetch_hub.sent_bytes()
+    fetch_hub.clear()
+    get(target)
+    require_whole(target, fetch_source)
+    if state == "streaming":
+        assert fetch_hub.sent_bytes() <= total(fetch_source) + 4 * 16_384 * 2
+        assert sent > 0
+
+
+def test_one_writer_a_target(fetch_hub: FaultyHub, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "target"), pytest.raises(TargetError, match="another process is writing there"):
+        get(tmp_path / "target")
+
+
+def test_two_at_once_into_one_target(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    """The second is told; the first is not disturbed."""
+    fetch_hub.fail(Throttle(1_000_000), path="model-*", times=None)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            get(tmp_path / "target")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join()
+    assert [type(error) for error in failures] == [TargetError] * 2
+    require_whole(tmp_path / "target", fetch_source)
+
+
+def test_a_finished_fetch_is_not_read_again(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    """No byte hashed, no body asked for; one question about the branch."""
+    target = tmp_path / "target"
+    get(target)
+    asked = len(fetch_hub.log)
+    for path in target.rglob("*"):
+        if path.is_file():
+            os.utime(path, ns=(0, path.stat().st_mtime_ns))  # so that a read shows, where reads are recorded at all
+    get(target)  # that changed ctime: hashed once more
+    before = {path: path.stat().st_atime_ns for path in target.glob("*.safetensors")}
+    done = get(target)
+    assert done.fetched_bytes == {}
+    assert {path: path.stat().st_atime_ns for path in before} == before
+    assert [exchange.route for exchange in fetch_hub.log[asked:]] == ["info", "info"]
+    require_whole(target, fetch_source)
+
+
+def test_a_touched_file_is_hashed_and_not_fetched(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    get(target)
+    os.utime(target / FIRST)
+    done = get(target)
+    assert sum(done.fetched_bytes.values()) == 0
+    require_whole(target, fetch_source)
+    assert get(target).fetched_bytes == {}
+
+
+def test_lost_record_costs_hashing_alone(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    get(target)
+    for text in (
+        None,
+        "{",
+        '{"version": 1, "listings": 3, "stamps": []}',
+        '{"version": 1, "listings": [{}], "stamps": {}}',
+    ):
+        if text is None:
+            (target / ".weightkit.fetch.json").unlink()
+        else:
+            (target / ".weightkit.fetch.json").write_text(text)
+        done = get(target)
+        assert sum(done.fetched_bytes.values()) == 0
+        require_whole(target, fetch_source)
+
+
+def test_files_of_another_tool_are_adopted(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    """A folder that another downloader filled in part: what is right is kept."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / FIRST).write_bytes((fetch_source / FIRST).read_bytes())
+    done = get(target)
+    assert done.fetched_bytes["huggingface"] == total(fetch_source) - SIZE
+    require_whole(target, fetch_source)
+
+
+@pytest.mark.parametrize("size", ["same size", "another size"])
+def test_a_file_of_somebody_else_is_in_the_way(size: str, fetch_hub: FaultyHub, tmp_path: Path) -> None:
+    """It is neither overwritten nor removed."""
+    target = tmp_path / "target"
+    target.mkdir()
+    mine = random.Random(9).randbytes(SIZE if size == "same size" else 1000)
+    (target / FIRST).write_bytes(mine)
+    with pytest.raises((TargetError, FetchError), match="in the way"):
+        get(target)
+    assert (target / FIRST).read_bytes() == mine
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe", "link of a partial", "file for a folder", "linked folder"])
+def test_what_is_no_file_is_in_the_way(kind: str, fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"precious")
+    if kind == "folder":
+        (target / FIRST).mkdir()
+    elif kind == "link":
+        (target / FIRST).symlink_to(outside / "file")
+    elif kind == "pipe":
+        os.mkfifo(target / FIRST)
+    elif kind == "link of a partial":
+        (target / f"{FIRST}.partial").symlink_to(outside / "file")
+    elif kind == "file for a folder":
+        (target / "inference").write_text("mine")
+    else:
+        (target / "inference").symlink_to(outside)
+    with pytest.raises(TargetError, match="in the way"):
+        get(target)
+    assert content(outside) == {"file": b"precious"}
+    assert not fetch_hub.sent_bytes()
+
+
+def test_a_target_that_may_not_be_written(fetch_hub: FaultyHub, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("a file")
+    with pytest.raises(TargetError, match="not a folder"):
+        get(target)
+    if os.geteuid():
+        closed = tmp_path / "closed"
+        closed.mkdir(0o500)
+        with pytest.raises(TargetError):
+            get(closed)
+        with pytest.raises(TargetError):
+            get(closed / "below")
