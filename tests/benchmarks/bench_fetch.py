@@ -122,7 +122,6 @@ def mirror(folder: Path) -> Iterator[str]:
         try:
             if process.stdout is None or not (said := process.stdout.readline()):
                 raise SystemExit("the mirror did not start")
-            time.sleep(1)
             yield json.loads(said)["endpoint"]
         finally:
             process.terminate()

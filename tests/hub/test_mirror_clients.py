@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from faulty_hub import FaultyHub
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, HfFileSystem
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from mirrored import PICO, files_of
 
@@ -118,6 +118,16 @@ def test_what_the_hub_api_says(endpoint: str) -> None:
     assert api.repo_exists(NAME)
     assert [ref.target_commit for ref in api.list_repo_refs(NAME).branches] == [info.sha]
     assert [model.id for model in api.list_models()] == [NAME]
+
+
+def test_ranges_that_clients_ask_for(endpoint: str) -> None:
+    metadata = HfApi(endpoint=endpoint).get_safetensors_metadata(NAME)
+    assert len(metadata.weight_map) == 383
+    files, shards = HfFileSystem(endpoint=endpoint), [p for p in files_of(PICO) if p.endswith(".safetensors")]
+    assert sorted(files.glob(f"{NAME}/*.safetensors")) == [f"{NAME}/{path}" for path in shards]
+    with files.open(f"{NAME}/{shards[0]}") as file:
+        file.seek(-1000, 2)
+        assert file.read() == files_of(PICO)[shards[0]][-1000:]
 
 
 def test_pages_of_a_listing(tmp_path: Path) -> None:

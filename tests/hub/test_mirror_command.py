@@ -42,17 +42,11 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-def wait_until_served(endpoint: str) -> None:
-    while get(endpoint + "/").status != 200:
-        time.sleep(0.01)
-
-
 def test_folders_and_names(tmp_path: Path) -> None:
     for number, name in enumerate(("weights/deepseek-v3/fp8", "plain", "named")):
         write_locked(tmp_path / name, seed=number)
     arguments = ("weights/deepseek-v3/fp8", "plain", "pico", "--name", "my-org/mine=named", "--name", "a/b=plain")
     with mirror(*arguments, cwd=tmp_path) as (said, _):
-        wait_until_served(said["endpoint"])
         folders = {name: state["path"] for name, state in said["repositories"].items()}
         assert folders.keys() == {
             *("deepseek-ai/DeepSeek-V3", "weightkit/deepseek-v3-fp8", "weightkit/plain", "weightkit/pico"),
@@ -71,7 +65,6 @@ def test_a_signal_ends_it_at_once(tmp_path: Path, number: int, code: int) -> Non
     (folder / "large.safetensors").write_bytes(bytes(64 << 20))
     write_lock(folder)
     with mirror("a", cwd=tmp_path) as (said, process):
-        wait_until_served(said["endpoint"])
         host, port = said["endpoint"].removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as client:
             client.sendall(b"GET /weightkit/a/resolve/main/large.safetensors HTTP/1.1\r\nHost: x\r\n\r\n")

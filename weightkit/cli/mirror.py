@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
@@ -57,18 +56,20 @@ def command(
             [open_repository(path, ids, full=full, jobs=jobs, progress=progress) for path, ids in folders.items()]
         )
         endpoint = endpoint_of(listener)
-        if as_json:
-            served = {name: {"commit": state.commit, "path": str(state.folder)} for name, state in catalog}
-            click.echo(json.dumps({"endpoint": endpoint, "repositories": served}))
-        elif not quiet:
-            click.echo(f"{endpoint} serves, until Ctrl-C:\n\n{render(catalog, endpoint)}")
-        if not is_loopback(listener):
-            click.echo(
-                "Note: whoever reaches this address can read these checkpoints. No password, no encryption.",
-                err=True,
-            )
-        sys.stdout.flush()
-        run(build_app(catalog), listener, log_requests=verbose)
+
+        def say() -> None:
+            if as_json:
+                served = {name: {"commit": state.commit, "path": str(state.folder)} for name, state in catalog}
+                click.echo(json.dumps({"endpoint": endpoint, "repositories": served}))
+            elif not quiet:
+                click.echo(f"{endpoint} serves, until Ctrl-C:\n\n{render(catalog, endpoint)}")
+            if not is_loopback(listener):
+                click.echo(
+                    "Note: whoever reaches this address can read these checkpoints. No password, no encryption.",
+                    err=True,
+                )
+
+        run(build_app(catalog), listener, on_ready=say, log_requests=verbose)
 
 
 def _folders(paths: tuple[str, ...], named: tuple[str, ...]) -> dict[Path, list[str]]:

@@ -128,10 +128,10 @@ class _FileBody(Response):
             await send({"type": "http.response.body", "body": b""})
 
     def _read(self, offset: int, length: int) -> bytes:
-        chunk = os.pread(self._descriptor, length, offset)
         try:
+            chunk = os.pread(self._descriptor, length, offset)
             self._file.check(self._descriptor)  # after the read: what was read before a write is right
-        except ChangedError as exc:
-            _log.warning("%s", exc)
+        except (ChangedError, OSError) as exc:
+            _log.warning("%s: sent in part: %s", self._file.path, exc)
             return b""
         return chunk

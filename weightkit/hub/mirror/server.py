@@ -7,7 +7,7 @@ import ipaddress
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -53,12 +53,25 @@ def is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
-def run(app: ASGIApp, listener: socket.socket, *, log_requests: bool = False) -> None:
+class _Server(uvicorn.Server):
+    """Says when it takes connections."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def run(app: ASGIApp, listener: socket.socket, *, on_ready: Callable[[], object], log_requests: bool = False) -> None:
     """Serve until a signal, then end at once: clients resume, so there is nothing to wait for.
 
-    Raises ``KeyboardInterrupt`` for SIGINT, as Python does.
+    ``on_ready`` is called once connections are taken. Raises ``KeyboardInterrupt`` for SIGINT, as Python does.
     """
-    uvicorn.Server(_config(app, log_requests=log_requests)).run(sockets=[listener])
+    _Server(_config(app, log_requests=log_requests), on_ready).run(sockets=[listener])
 
 
 @contextmanager
