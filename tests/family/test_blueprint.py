@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -123,12 +122,8 @@ def test_glm_5_dtypes() -> None:
     assert totals(records_of(GLM_5).values()).elements == {"BF16": 753_864_119_552, "F32": 19_456}
 
 
-def test_91991_records_in_under_two_seconds() -> None:
-    arch = Architecture.from_config(V3)
-    start = time.perf_counter()
-    records = blueprint(arch)
-    assert time.perf_counter() - start < 2  # 0.3 s on one core; the rest is for a busy machine
-    assert len(records) == 91_991
+def test_91991_records() -> None:
+    assert len(blueprint(Architecture.from_config(V3))) == 91_991
 
 
 def attention_by_hand() -> dict[str, tuple[str, tuple[int, ...], int | None]]:
