@@ -285,6 +285,21 @@ def test_foreign_files_beside_an_earlier_write_survive_force(
     assert not list((tmp_path / "half").glob("model-*"))
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_what_was_fetched_is_not_replaced(force: bool, source: Path, tmp_path: Path) -> None:
+    """Hundreds of gigabytes may have been: the lock that a fetch leaves does not make them ours to remove."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"mine")
+    entry = {"size_bytes": 4, "sha256": "0" * 64}
+    lock = {"version": 1, "origin": {"fetch": {"repo": "x/y"}}, "files": {"model.safetensors": entry}}
+    (out / "weightkit.lock.json").write_text(json.dumps(lock))
+    before = tree(out)
+    with pytest.raises(TargetError, match=r"found model\.safetensors, weightkit\.lock\.json"):
+        write(stripped(source), out, force=force)
+    assert tree(out) == before
+
+
 def test_a_foreign_file_beside_an_unfinished_write(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,7 +357,9 @@ def test_force_removes_nothing_outside_the_target(source: Path, tmp_path: Path) 
     entry = {"size_bytes": 4, "sha256": "0" * 64}
     head = {"plan": "x", "sources": {}, "files": ["../precious"]}
     (out / STATE / "journal.jsonl").write_text(json.dumps(head) + "\n")
-    (out / "weightkit.lock.json").write_text(json.dumps({"version": 1, "files": {"link/a": entry}}))
+    (out / "weightkit.lock.json").write_text(
+        json.dumps({"version": 1, "origin": {"plan": "x"}, "files": {"link/a": entry}})
+    )
     write(stripped(source), out, force=True)
     assert (tmp_path / "precious").read_text() == "mine"
     assert (tmp_path / "elsewhere/a").read_text() == "mine"

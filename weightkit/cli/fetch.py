@@ -75,10 +75,13 @@ def command(
     if dry_run:
         click.echo(json.dumps(plan.to_json()) if as_json else plan.render())
         return
+    idle = plan.complete
     done = execute(plan, jobs=jobs, max_rate=max_rate, progress=not quiet)
     if as_json:
         click.echo(json.dumps(done.to_json()))
     elif not quiet:
+        for note in done.notes if idle else ():  # of others it was told as they came
+            click.echo(note, err=True)
         click.echo(done.render())
 
 

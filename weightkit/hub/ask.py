@@ -17,6 +17,8 @@ from weightkit.hub.wanted import Wanted
 
 #: The second hub is waited for so long after the first has answered.
 GRACE_S = 5.0
+#: And all of them no longer than this, waits that they ask for included.
+LONGEST_S = 300.0
 
 
 @dataclass
@@ -104,12 +106,12 @@ def _ask(
 
     for name in questions:
         threading.Thread(target=run, args=(name,), daemon=True, name=f"ask-{name}").start()
-    deadline: float | None = None
+    deadline, answered = time.monotonic() + LONGEST_S, False
     with changed:
-        while len(found) < len(questions) and (deadline is None or time.monotonic() < deadline):
+        while len(found) < len(questions) and time.monotonic() < deadline:
             changed.wait(0.2)
-            if deadline is None and any(isinstance(answer, Listing) for answer in found.values()):
-                deadline = time.monotonic() + GRACE_S
+            if not answered and any(isinstance(answer, Listing) for answer in found.values()):
+                deadline, answered = time.monotonic() + GRACE_S, True
         return dict(found)
 
 

@@ -60,7 +60,8 @@ class Patience:
     outage_s: float = 180.0
 
     def wait_s(self, failures: int, hiccup: Hiccup) -> float:
-        """How long to wait after so many failures in a row. What the server asks for is never undercut."""
+        """How long to wait after so many failures in a row: what the server asks for, up to ``LONGEST_WAIT_S``, or
+        more."""
         backoff: float = min(self.backoff_s * 2.0 ** (failures - 1), self.longest_backoff_s)
         backoff *= random.uniform(0.5, 1.0)  # so that many clients do not come back at once
         return max(backoff, min(hiccup.after_s or 0.0, LONGEST_WAIT_S))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weightkit.checkpoint.folder import STATE_DIR
 from weightkit.checkpoint.lock import read_lock
 from weightkit.durable import PARTIAL, SLACK_BYTES
 from weightkit.errors import SpaceError, TargetError, UnreachableError, WeightkitError, raise_all
@@ -78,6 +79,8 @@ class FetchPlan:
     @property
     def complete(self) -> bool:
         """Whether nothing is to be done at all."""
+        if (self.target / STATE_DIR).exists():  # killed at its very end: the traces have still to go
+            return False
         finished = self.state.lock is not None and set(self.state.lock.files) >= {*self.files, *self.derived}
         return finished and len(self.held) == len(self.files) and not self.stale_derived
 
@@ -121,6 +124,7 @@ class FetchPlan:
         ]
         if self.unchecked or self.damaged:
             rows.append(("to check", f"{len(self.unchecked):,} files to hash, {len(self.damaged):,} to mend"))
+        rows += [("note", note) for note in self.notes]
         if self.skipped:
             rows.append(("left out", f"{len(self.skipped):,} files of MTP tensors: {', '.join(self.skipped)}"))
         return "\n".join(f"{name:<10} {text}" for name, text in rows)

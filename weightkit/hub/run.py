@@ -82,6 +82,7 @@ class Run:
         self._changed = threading.Condition()
         self._fatal: BaseException | None = None
         self._transports: list[Transport] = []
+        self._threads: list[threading.Thread] = []
         self.jobs = [self._job(path) for path in self._order()]
 
     def _order(self) -> list[str]:
@@ -104,7 +105,7 @@ class Run:
             Interrupted: by Ctrl-C.
         """
         segments = sum(max(1, -(-job.file.size_bytes // self.grain.segment_bytes)) for job in self.jobs)
-        threads = [
+        threads = self._threads = [
             threading.Thread(target=self._work, daemon=True, name=f"fetch-{number}")
             for number in range(min(workers, segments))
         ]
@@ -224,7 +225,10 @@ class Run:
         except WeightkitError as error:
             self._fail(job, error)
         except OSError as error:
-            self._fail(job, disk_problem(error, self.plan.target / job.file.path))
+            problem = disk_problem(error, self.plan.target / job.file.path)
+            if isinstance(problem, SpaceError):
+                raise problem from error
+            self._fail(job, problem)
         finally:
             with self._changed:
                 job.active -= 1
@@ -356,6 +360,8 @@ class Run:
 
     def close(self) -> None:
         """Let go of files that are not finished."""
+        if any(thread.is_alive() for thread in self._threads):
+            return  # still in a system call: a handle closed now could be another file's when it comes back
         for job in self.jobs:
             if job.partial is not None:
                 job.partial.close()

@@ -97,11 +97,13 @@ def _is_folder(path: Path) -> bool:
 
 
 def _recorded(target: Path) -> set[str]:
-    """The relative paths that an earlier write of ours has recorded. A damaged record names itself alone."""
+    """The relative paths that an earlier write has recorded. A damaged record names itself alone, and what was fetched
+    was not written here."""
     names = {LOCK_NAME}
     with suppress(FormatError):
         lock = read_lock(target)
-        names |= set(lock.files) if lock is not None else set()
+        if lock is not None:
+            names = {LOCK_NAME, *lock.files} if "plan" in lock.origin else set()
     history = read_history(target)
     return names | set(history.names if history is not None else ())
 
