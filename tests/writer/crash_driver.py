@@ -101,10 +101,11 @@ def die_at(step: int) -> None:
             number = next(numbers)
             if number == step and step % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **options)
-            if number == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return call(*args, **options)
+            finally:
+                if number == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return wrapped
 
