@@ -12,13 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty_hub import Delay, FaultyHub, Stall, Status, Throttle
+from faulty_hub import Cut, Delay, FaultyHub, Flip, Stall, Status, Throttle
 from fetching import FIRST, NAME, SIZE, content, get, require_whole, total
 
 from weightkit.durable import only_writer
 from weightkit.errors import FetchError, TargetError
 
 KILLS = 50
+#: Of kills at random times. More: SEEDS=50.
+SEEDS = int(os.environ.get("SEEDS", "1"))
 #: Imports once, then forks a child for each run and kills it at a random time: a run begins in milliseconds.
 FORKER = """
 import os, random, signal, sys, time
@@ -81,9 +83,13 @@ def test_killed_fifty_times_over_one_download(
     assert fetch_hub.sent_bytes() < 1.1 * total(fetch_source)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_anywhere(seed: int, fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
-    """At full speed, so that kills fall on listings, renames, records and locks, too."""
+@pytest.mark.parametrize("faults", [False, True], ids=["no faults", "faults"])
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_killed_anywhere(seed: int, faults: bool, fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    """At full speed, so that kills fall on listings, renames, records, mending and locks, too."""
+    if faults:
+        fetch_hub.fail(Flip(at=400_000), path="model-*", times=6, skip=2)
+        fetch_hub.fail(Cut(after=200_000), path="model-*", times=10)
     run_killed(tmp_path / "target", "huggingface", 0.005, 0.12, seed=seed, least=25)
     require_whole(tmp_path / "target", fetch_source)
 
@@ -125,7 +131,7 @@ def test_a_signal_stops_at_once(
         wait_for_bytes(fetch_hub, 200_000)
     else:
         until = time.monotonic() + 20
-        while len(fetch_hub.requests(path="model-*", route="body")) < 3 and time.monotonic() < until:
+        while not fetch_hub.requests(path="model-*", route="body") and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(0.3)
     started = time.monotonic()
@@ -213,6 +219,26 @@ def test_lost_record_costs_hashing_alone(fetch_hub: FaultyHub, fetch_source: Pat
         done = get(target)
         assert sum(done.fetched_bytes.values()) == 0
         require_whole(target, fetch_source)
+
+
+def test_killed_at_its_very_end(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+    """The lock is written, the traces of the work are not gone: the next run takes them away, offline too."""
+    target = tmp_path / "target"
+    get(target)
+    (target / ".weightkit/parts").mkdir(parents=True)
+    (target / ".weightkit/stamps.jsonl").write_text('{"path": "x", "stamp": {}}\n{"path": "conf')
+    fetch_hub.stop()
+    assert sum(get(target).fetched_bytes.values()) == 0
+    require_whole(target, fetch_source)
+
+
+def test_finished_target_needs_no_network(fetch_hub: FaultyHub, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    get(target, hub="auto")
+    fetch_hub.stop()
+    done = get(target, hub="auto")
+    assert done.fetched_bytes == {}
+    assert "does not answer" in done.notes[0]
 
 
 def test_files_of_another_tool_are_adopted(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def plan_fetch(
         state=state,
         **{kind: tuple(paths) for kind, paths in found.items()},
     )
-    if not answers.sources and not plan.complete:
+    if not answers.sources and (plan.missing or plan.damaged):
         raise_all("no hub answers", answers.problems, where=model)
         raise UnreachableError("no hub answers", where=model)
     return plan
