@@ -17,8 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from weightkit.hub.mirror.contents import ChangedError, ServedFile
 
-#: Read and sent at once. A connection holds this about three times: as read, as framed, and in the socket's queue.
-CHUNK_BYTES = 1 << 20
+#: Read and sent at once: large pieces cost half the processor time of small ones. A connection holds about two of them,
+#: one as read or framed and one in the socket's queue.
+CHUNK_BYTES = 4 << 20
+#: All connections together hold so much as read: of many, each reads less at once.
+BUDGET_BYTES = 64 << 20
+MIN_CHUNK_BYTES = 256 << 10
 _RANGE = re.compile(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", re.IGNORECASE)
 _log = logging.getLogger("weightkit.mirror")
 
@@ -90,6 +94,8 @@ class _FileBody(Response):
     """Sends a span of an open file and closes it; ends early, so that the client notices, when the file changes."""
 
     media_type = "application/octet-stream"
+    #: Files being sent.
+    active = 0
 
     def __init__(
         self, file: ServedFile, descriptor: int, span: Span, status_code: int, headers: Mapping[str, str]
@@ -101,6 +107,7 @@ class _FileBody(Response):
         self.init_headers({**headers, "Content-Length": str(span.stop - span.start)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _FileBody.active += 1
         try:
             async with anyio.create_task_group() as group:
 
@@ -113,13 +120,15 @@ class _FileBody(Response):
                 await self._send(send)
                 group.cancel_scope.cancel()
         finally:
+            _FileBody.active -= 1
             os.close(self._descriptor)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         offset, stop = self._span.start, self._span.stop
         while offset < stop:
-            chunk = await to_thread.run_sync(self._read, offset, min(CHUNK_BYTES, stop - offset))
+            share = max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, BUDGET_BYTES // max(1, _FileBody.active)))
+            chunk = await to_thread.run_sync(self._read, offset, min(share, stop - offset))
             if not chunk:
                 return  # the response stays short of its Content-Length, and the server drops the connection
             offset += len(chunk)

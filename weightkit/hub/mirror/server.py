@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from weightkit.errors import PlanError
 
-#: More connections than this at once are told to come again: each holds about three chunks of memory.
+#: More connections than this at once are told to come again: each holds memory.
 MAX_CONNECTIONS = 256
 
 
