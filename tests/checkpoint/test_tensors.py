@@ -35,7 +35,7 @@ from weightkit.checkpoint.tensors import (
 )
 from weightkit.compute import CpuEngine, evaluate, strips
 from weightkit.errors import FormatError, MissingFileError, ScaleError, SourceChangedError, UnsupportedError
-from weightkit.writer.execute import _pieces
+from weightkit.writer.pieces import Copied, pieces
 
 Array = npt.NDArray[np.unsignedinteger]
 ITEMS = {"U8": np.uint8, "BF16": np.uint16, "F32": np.uint32, "I64": np.uint64}
@@ -118,13 +118,13 @@ def test_bytes_equal_numpys(folder: Path, data: st.DataObject) -> None:
 
 def _piecewise(tensor: LazyTensor, reader: Reader) -> Iterator[bytes]:
     """As the writer goes about it."""
-    for piece in _pieces([tensor]):
-        if hasattr(piece, "run_bytes"):
-            out = np.empty(piece.run_bytes, np.uint8)
-            reader.read_range(piece.path, piece.offset, out)
+    for piece in pieces({"it": tensor}):
+        if isinstance(piece, Copied):
+            out = np.empty(piece.size_bytes, np.uint8)
+            reader.read_range(piece.copy.path, piece.copy.offset, out)
             yield out.tobytes()
         else:
-            yield reader.read(piece).tobytes()
+            yield reader.read(piece.strip).tobytes()
 
 
 def _copies_cover_once(tensor: LazyTensor) -> None:

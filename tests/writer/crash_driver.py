@@ -25,6 +25,7 @@ from typing import Any
 import weightkit as wk
 from weightkit.checkpoint import Checkpoint
 from weightkit.layouts import FileSet
+from weightkit.writer import pieces as cutting
 from weightkit.writer import stream
 
 executing: Any = sys.modules["weightkit.writer.execute"]  # the module: the package has a function of that name
@@ -40,7 +41,7 @@ def small_steps(buffer_bytes: int, durable_bytes: int) -> None:
     """Buffers and durable stretches so small that a small checkpoint has many."""
     stream.BUFFER_BYTES = executing.BUFFER_BYTES = buffer_bytes
     executing.DURABLE_EVERY_BYTES = durable_bytes
-    executing.COPY_BYTES = executing.STRIP_BYTES = buffer_bytes
+    cutting.COPY_BYTES = cutting.STRIP_BYTES = buffer_bytes
 
 
 def write(source: Path, target: Path, kind: str, jobs: int) -> None:

@@ -21,6 +21,7 @@ from weightkit.durable import only_writer
 from weightkit.errors import Interrupted, SpaceError, TargetError, WriteError
 from weightkit.layouts import FileSet
 from weightkit.writer import make_plan, stream, target
+from weightkit.writer import pieces as cutting
 from weightkit.writer.execute import Written, execute
 
 STATE = ".weightkit"
@@ -38,7 +39,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress is durable every 64 KB, so that little checkpoints have some."""
     for module in (stream, executing):
         monkeypatch.setattr(module, "BUFFER_BYTES", 16384)
-    monkeypatch.setattr(executing, "COPY_BYTES", 16384)
+    monkeypatch.setattr(cutting, "COPY_BYTES", 16384)
     monkeypatch.setattr(executing, "DURABLE_EVERY_BYTES", 65536)
 
 

@@ -18,6 +18,7 @@ from tiny import MOONLIGHT, V3, write_tiny
 import weightkit as wk
 from weightkit.errors import PlanError, SourceChangedError
 from weightkit.writer import make_plan, stream
+from weightkit.writer import pieces as cutting
 from weightkit.writer.execute import execute
 
 executing = sys.modules["weightkit.writer.execute"]  # the module: the package has a function of that name
@@ -107,8 +108,8 @@ def test_small_buffers_do_not_change_the_bytes(source: Path, tmp_path: Path, mon
     whole = tree(write(source, tmp_path / "whole"))
     monkeypatch.setattr(stream, "BUFFER_BYTES", 4096)
     monkeypatch.setattr(executing, "BUFFER_BYTES", 4096)
-    monkeypatch.setattr(executing, "STRIP_BYTES", 1)
-    monkeypatch.setattr(executing, "COPY_BYTES", 1000)
+    monkeypatch.setattr(cutting, "STRIP_BYTES", 1)
+    monkeypatch.setattr(cutting, "COPY_BYTES", 1000)
     monkeypatch.setattr(executing, "DURABLE_EVERY_BYTES", 50_000)
     assert tree(write(source, tmp_path / "small")) == whole
 

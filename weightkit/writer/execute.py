@@ -6,22 +6,22 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from weightkit.checkpoint import Reader, read_header
-from weightkit.checkpoint.copies import Copy, copies
+from weightkit.checkpoint.copies import Copy
 from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.checkpoint.reading import SCRATCH_BYTES, Bytes
-from weightkit.checkpoint.tensors import LazyTensor, Stored, is_plain, size_bytes
-from weightkit.compute import CpuEngine, Engine, evaluate, strips
+from weightkit.checkpoint.tensors import Stored, size_bytes
+from weightkit.compute import CpuEngine, Engine, evaluate
 from weightkit.compute.evaluate import STRIP_ROWS
 from weightkit.durable import FULL, PARTIAL, no_space, only_writer, sync_folder
 from weightkit.errors import Interrupted, PlanError, WriteError
@@ -29,16 +29,13 @@ from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
 from weightkit.units import human_bytes, human_seconds
 from weightkit.writer.journal import Journal, Progress
+from weightkit.writer.pieces import STRIP_BYTES, Copied, pieces, require_in_range
 from weightkit.writer.plan import Plan, PlannedFile
 from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, AppendStream
 from weightkit.writer.target import clear_target, inspect_target, require_memory, require_space
 
-#: Largest piece that is evaluated at once; bounds the memory of a worker.
-STRIP_BYTES = 8 << 20
 #: A worker's next reads, which the disk is to begin with: 16 MB were as good as 64.
 AHEAD_BYTES = 16 << 20
-#: Longest run that is copied in one go.
-COPY_BYTES = 64 << 20
 #: A file's progress is made durable this often; a stop by kill -9 loses at most so much of each file in work.
 DURABLE_EVERY_BYTES = 1 << 30
 
@@ -242,16 +239,17 @@ class _Run:
     def _fill(self, stream: AppendStream, file: PlannedFile) -> None:
         self._count(stream.append(_as_bytes(file.header)))
         durable = stream.position
-        for piece in _small_pieces(file.tensors.values()):
-            count = piece.run_bytes if isinstance(piece, Copy) else size_bytes(piece)
-            if stream.skip(count):
+        for piece in pieces(file.tensors):
+            if stream.skip(piece.size_bytes):
                 durable = stream.position
                 continue
             self._check_stop()
-            if isinstance(piece, Copy):
-                self._copy(stream, piece)
+            if isinstance(piece, Copied):
+                self._copy(stream, piece.copy)
             else:
-                self._count(stream.append(evaluate(piece, self.reader, self.engine)))
+                data = evaluate(piece.strip, self.reader, self.engine)
+                require_in_range(piece, data)
+                self._count(stream.append(data))
             if stream.position - durable >= DURABLE_EVERY_BYTES:
                 durable = stream.position
                 self._record(file, Progress(*stream.make_durable()))
@@ -313,47 +311,6 @@ def _wait_for(futures: list[Future[None]]) -> None:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
-
-
-def _small_pieces(tensors: Iterable[LazyTensor]) -> Iterator[Copy | LazyTensor]:
-    """The content in order, in pieces that are small beside ``DURABLE_EVERY_BYTES``."""
-    for piece in _pieces(tensors):
-        if not isinstance(piece, Copy):
-            yield from strips(piece, STRIP_BYTES)
-            continue
-        for start in range(0, piece.run_bytes, COPY_BYTES):
-            yield replace(piece, offset=piece.offset + start, run_bytes=min(COPY_BYTES, piece.run_bytes - start))
-
-
-def _pieces(tensors: Iterable[LazyTensor]) -> Iterator[Copy | LazyTensor]:
-    """The file's content in order: contiguous byte ranges, neighbours joined, and tensors that have to be assembled."""
-    last: Copy | None = None
-    for tensor in tensors:
-        runs = copies(tensor) if is_plain(tensor) else None
-        if runs is None or any(run.rows > 1 for run in runs) or not _in_order(runs):
-            if last is not None:
-                yield last
-                last = None
-            yield tensor
-            continue
-        for run in runs:
-            if last is not None and last.path == run.path and last.offset + last.run_bytes == run.offset:
-                last = Copy(last.path, last.offset, 0, 0, 0, last.run_bytes + run.run_bytes)
-                continue
-            if last is not None:
-                yield last
-            last = run
-    if last is not None:
-        yield last
-
-
-def _in_order(runs: tuple[Copy, ...]) -> bool:
-    position = 0
-    for run in runs:
-        if run.out_offset != position:
-            return False
-        position += run.run_bytes
-    return True
 
 
 def _require_as_planned(path: Path, file: PlannedFile) -> None:
