@@ -32,7 +32,6 @@ class Health:
     """How a hub has fared in this fetch. Threads share it; a stale value only costs a detour."""
 
     resting_until: float = 0.0
-    down_since: float | None = None
     #: Bytes a second of one stream, smoothed; None before the first is known.
     rate: float | None = None
     streams: int = 0
@@ -47,9 +46,12 @@ class Shared:
     """What all lines of one fetch have in common.
 
     Attributes:
+        stop: set when the fetch is being stopped; ends all waits.
         health: by hub.
         spread: use all hubs at once, rather than the faster one.
-        notes: told to the user as they come.
+        read_bytes: read from a socket at once, at most.
+        tell: told what the user is to know, as it comes.
+        counting: guards the counters in ``health``.
     """
 
     patience: Patience
@@ -205,7 +207,6 @@ class _Pour:
             with self.shared.counting:
                 health.bytes_fetched += len(data)
                 self.line.given[source.name] = self.line.given.get(source.name, 0) + len(data)
-            health.down_since = None
             judged_bytes += len(data)
             self.shared.throttle.took(len(data))
             if skip:
@@ -253,8 +254,6 @@ class _Pour:
         health = self.shared.health[name]
         if hiccup.after_s is not None:  # the hub's limits hold for all files
             health.resting_until = max(health.resting_until, now + wait)
-        if hiccup.unreachable:
-            health.down_since = health.down_since or now
         if patience.is_over(self.failures[name], self.since[name], hiccup):
             self.over.add(name)
 

@@ -13,6 +13,7 @@ finds its first damaged chunk; with that one mended, the next.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import struct
@@ -25,13 +26,25 @@ from typing import Any
 
 from weightkit.checkpoint.folder import STATE_DIR
 from weightkit.durable import FULL, PARTIAL, no_space, sync_folder
-from weightkit.errors import TargetError, WriteError
+from weightkit.errors import PlanError, TargetError, WriteError
 from weightkit.hub.listing import RemoteFile
 
 PARTS = "parts"
 DIGEST_BYTES = 8
 _READ_BYTES = 1 << 20
 _NONE = bytes(DIGEST_BYTES)
+_SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>; fcntl(2)'s sync_file_range, which Python does not have
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """The system call, where there is one. A hint: what it returns does not matter."""
+    found = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if found is not None:
+        found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return found
+
+
+_sync_file_range = _find_sync_file_range()
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,14 @@ class Grain:
 
     segment_bytes: int = 256 << 20
     chunk_bytes: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes < 1 or self.segment_bytes % self.chunk_bytes or self.segment_bytes < 1:
+            raise PlanError(
+                "segments that are no multiple of chunks",
+                expected="segment_bytes = n * chunk_bytes, both at least 1",
+                found=f"{self.segment_bytes:,} and {self.chunk_bytes:,}",
+            )
 
 
 class Digests:
@@ -181,9 +202,13 @@ class Partial:
             data += more
         return data
 
-    def flush(self) -> None:
-        """Make what has arrived durable."""
-        self._guard(lambda: os.fdatasync(self._file))
+    def begin_writing_back(self, offset: int, count: int) -> None:
+        """Let the kernel write a range to the disk now, without waiting for it, so that the last sync is short.
+
+        A sync would wait, and for what other workers are writing of the same file, too.
+        """
+        if _sync_file_range is not None:
+            _sync_file_range(self._file, offset, count, _SYNC_FILE_RANGE_WRITE)
 
     # hashing
 
@@ -249,7 +274,7 @@ class Partial:
 
     def finish(self) -> tuple[str, bytes, os.stat_result]:
         """The file is right: synced, under its final name, the map gone. SHA-256, prefix digests, stat."""
-        self.flush()
+        self._guard(lambda: os.fsync(self._file))
         status = self._guard(lambda: (self.path.rename(self.final), os.fstat(self._file))[1])
         sync_folder(self.final.parent)
         self.close()

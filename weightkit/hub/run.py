@@ -143,8 +143,9 @@ class Run:
         for transport in self._transports:
             transport.abort()
         deadline = time.monotonic() + STOP_S
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        with suppress(KeyboardInterrupt):  # once more: then no longer
+            for thread in threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _say_hubs(self) -> None:
         given = {name: health.bytes_fetched for name, health in self.shared.health.items() if health.bytes_fetched}
@@ -324,7 +325,7 @@ class Run:
 
         if begin < end:
             job.line.pour(transport, begin, end, write, whole_ok=whole)
-        partial.flush()
+        partial.begin_writing_back(begin, end - begin)
         if partial.segments > 1:
             Mender(partial, job.line, transport, self._check_stop).hash_on()
 
