@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from weightkit import workspace
+from weightkit import manifests, workspace
 from weightkit.checkpoint import Reader
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import CheckpointError, GenerationError, raise_all
 from weightkit.examine import verify
 from weightkit.generation import Runtime
+from weightkit.hub import fetch
+from weightkit.hub.mirror import can_serve, serve
 from weightkit.layouts import open_checkpoint
 from weightkit.manifests.pico.questions import Question, held_out
 from weightkit.transforms import cast, merge, shard, strip_mtp
@@ -20,6 +24,7 @@ from weightkit.units import human_bytes
 from weightkit.writer import write
 
 MODEL = "pico"
+REPOSITORY = "weightkit/pico"
 #: Of each of pico's six kinds of question and two languages; none of them occurred in training.
 QUESTIONS_A_KIND = 2
 QUESTION_SEED = 2026
@@ -62,7 +67,10 @@ def demo(device: DeviceName = "auto") -> Iterator[Step]:
         CheckpointError: a result that does not verify, or does not hold the bytes it must.
         GenerationError: answers that are wrong, or not those of the checkpoint as it ships.
     """
-    source, folder = workspace.source(MODEL), workspace.model_folder(MODEL)
+    folder = workspace.model_folder(MODEL)
+    if can_serve():
+        yield _fetch()
+    source = workspace.source(MODEL)
     checkpoint, questions = open_checkpoint(source), held_out(QUESTION_SEED, QUESTIONS_A_KIND)
     started = time.monotonic()
     shown = _verified(source)
@@ -91,6 +99,32 @@ def demo(device: DeviceName = "auto") -> Iterator[Step]:
         if command == "merge":
             shown += f"; {_equal_tensors(target, folder / 'fp8-no-mtp')} tensors equal strip's, byte for byte"
         yield Step(command, target, open_checkpoint(target).size_bytes, wall_s, shown)
+
+
+def _fetch() -> Step:
+    """From a mirror of what ships with the package, on loopback, into the workspace."""
+    shipped = manifests.load(MODEL).path
+    if shipped is None:
+        raise CheckpointError("pico does not ship with this package", where=MODEL, fix="Install weightkit again.")
+    started = time.monotonic()
+    with serve({REPOSITORY: shipped}) as endpoint, _environment("HF_ENDPOINT", endpoint):
+        done = fetch(MODEL, hub="huggingface", progress=False)
+    got = sum(done.fetched_bytes.values())
+    shown = f"{done.files} files from a mirror on loopback, {human_bytes(got)} fetched, all verified"
+    return Step("fetch", done.target, done.size_bytes, time.monotonic() - started, shown)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _verified(path: Path) -> str:

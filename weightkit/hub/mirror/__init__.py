@@ -27,7 +27,17 @@ from weightkit.hub.mirror.names import check_id, default_ids
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-__all__ = ["Catalog", "Repository", "check_id", "default_ids", "hash_folder", "mirror_app", "open_repository", "serve"]
+__all__ = [
+    "Catalog",
+    "Repository",
+    "can_serve",
+    "check_id",
+    "default_ids",
+    "hash_folder",
+    "mirror_app",
+    "open_repository",
+    "serve",
+]
 
 
 def mirror_app(folders: Mapping[str, str | Path], *, progress: bool = False) -> Starlette:
@@ -57,9 +67,18 @@ def serve(folders: Mapping[str, str | Path], *, host: str = "127.0.0.1", port: i
         yield endpoint_of(listener)
 
 
+def can_serve() -> bool:
+    """Whether the server library, the extra ``mirror``, is installed."""
+    return not _missing()
+
+
+def _missing() -> list[str]:
+    return [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+
+
 def require_server() -> None:
     """Raise ``PlanError`` where the server library is not installed."""
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    missing = _missing()
     if missing:
         raise PlanError(
             "the mirror needs a server library",
