@@ -60,7 +60,7 @@ def write_every_code(tmp_path: Path, to: str) -> tuple[Path, Contents]:
     rng = np.random.default_rng(3)
     special = np.array([0, -0.0, 1, 1e-45, 1e-38, 3e38, -1.5, np.inf, np.nan, 2.0**-9, 2.0**120, 0.7], np.float32)
     if to == "f16":
-        special = np.where(np.abs(special) * 448 > 65504, np.float32(65504 / 448), special)
+        special = np.where(np.abs(special) > 65504 / 448, np.float32(65504 / 448), special)
     contents: Contents = {}
     for path in sorted((tmp_path / "codes").glob("*.safetensors")):
         tensors = read_safetensors(path)
