@@ -27,6 +27,11 @@ def test_a_claim_beyond_any_model_is_refused_by_name(field: str, value: int) -> 
         Architecture.from_config(V3.config() | {field: value})
 
 
+def test_claims_that_multiply_beyond_any_model_are_refused() -> None:
+    with pytest.raises(ConfigError, match="99,968 in each of 9,001 layers"):
+        Architecture.from_config(V3.config() | {"num_hidden_layers": 9_000, "n_routed_experts": 99_968})
+
+
 def test_indexer_types_that_are_no_names() -> None:
     config = V3.config() | {
         "model_type": "glm_moe_dsa",

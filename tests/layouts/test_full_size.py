@@ -17,7 +17,7 @@ from weightkit.checkpoint import Checkpoint
 from weightkit.errors import PlanError
 from weightkit.layouts import FileSet, lay_out_published
 from weightkit.writer import Plan, make_plan
-from weightkit.writer.execute import peak_memory_bytes
+from weightkit.writer.executor import peak_memory_bytes
 
 ALL_BYTES = 688_574_839_360
 MAIN_BYTES = 673_150_611_808

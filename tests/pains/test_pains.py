@@ -38,7 +38,7 @@ from weightkit.errors import (
 from weightkit.family import Architecture, legal_mp
 from weightkit.layouts import FileSet, lay_out_published
 from weightkit.writer import make_plan, target
-from weightkit.writer.execute import execute, peak_memory_bytes
+from weightkit.writer.executor import execute, peak_memory_bytes
 
 EXPERT = "model.layers.1.mlp.experts.1.up_proj.weight"
 Result = Checkpoint | FileSet

@@ -25,10 +25,9 @@ from typing import Any
 import weightkit as wk
 from weightkit.checkpoint import Checkpoint
 from weightkit.layouts import FileSet
+from weightkit.writer import executor as executing
 from weightkit.writer import pieces as cutting
 from weightkit.writer import stream
-
-executing: Any = sys.modules["weightkit.writer.execute"]  # the module: the package has a function of that name
 
 KINDS: dict[str, Callable[[Checkpoint], Checkpoint | FileSet]] = {
     "cast": lambda checkpoint: wk.cast(checkpoint, "bf16"),

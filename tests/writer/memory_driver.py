@@ -17,7 +17,7 @@ import weightkit as wk
 from weightkit.checkpoint import Checkpoint
 from weightkit.layouts import FileSet, lay_out_published
 from weightkit.writer import make_plan
-from weightkit.writer.execute import execute, peak_memory_bytes
+from weightkit.writer.executor import execute, peak_memory_bytes
 
 KINDS: dict[str, Callable[[Checkpoint], FileSet]] = {
     "strip": lambda checkpoint: lay_out_published(wk.strip_mtp(checkpoint)),

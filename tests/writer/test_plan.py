@@ -18,7 +18,7 @@ from weightkit.checkpoint.tensors import Stored
 from weightkit.errors import FormatError, PlanError, TargetError
 from weightkit.layouts import FileSet, lay_out_published
 from weightkit.writer import make_plan
-from weightkit.writer.execute import peak_memory_bytes
+from weightkit.writer.executor import peak_memory_bytes
 
 
 @pytest.fixture

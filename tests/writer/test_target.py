@@ -20,12 +20,12 @@ from weightkit.checkpoint import Checkpoint
 from weightkit.durable import only_writer
 from weightkit.errors import Interrupted, SpaceError, TargetError, WriteError
 from weightkit.layouts import FileSet
+from weightkit.writer import executor as executing
 from weightkit.writer import make_plan, stream, target
 from weightkit.writer import pieces as cutting
-from weightkit.writer.execute import Written, execute
+from weightkit.writer.executor import Written, execute
 
 STATE = ".weightkit"
-executing = sys.modules["weightkit.writer.execute"]  # the module: the package has a function of that name
 
 
 @pytest.fixture

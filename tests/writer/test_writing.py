@@ -17,11 +17,10 @@ from tiny import MOONLIGHT, V3, write_tiny
 
 import weightkit as wk
 from weightkit.errors import PlanError, SourceChangedError
+from weightkit.writer import executor as executing
 from weightkit.writer import make_plan, stream
 from weightkit.writer import pieces as cutting
-from weightkit.writer.execute import execute
-
-executing = sys.modules["weightkit.writer.execute"]  # the module: the package has a function of that name
+from weightkit.writer.executor import execute
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,13 @@ _REQUIRED = object()
 #: No config of a real model comes near; a hostile one must not make us build lists of what it claims.
 MAX_SIZE = 2**31
 MAX_NUMBER = 1e300
-MAX_COUNTS = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 1_000, "n_routed_experts": 100_000}
+MAX_EXPERTS = 1_000_000
+MAX_COUNTS = {
+    "n_routed_experts": 100_000,
+    "num_attention_heads": 100_000,
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 1_000,
+}
 
 
 def _short(value: float) -> str:
@@ -414,6 +420,8 @@ def _indexer_layers(reader: _Reader, layers: int) -> frozenset[int]:
 def _contradictions(arch: Architecture) -> list[str]:
     """Fields that are each possible and together are not."""
     problems = []
+    if arch.total_layers * arch.n_routed_experts > MAX_EXPERTS:
+        problems.append(f"n_routed_experts: {arch.n_routed_experts:,} in each of {arch.total_layers:,} layers")
     if arch.first_k_dense_replace > arch.num_hidden_layers:
         problems.append(
             f"first_k_dense_replace: {arch.first_k_dense_replace} dense layers of {arch.num_hidden_layers} layers"

@@ -1,7 +1,7 @@
 """The one writer: a plan as data, and its execution with bounded memory, a journal and checksums."""
 
 from weightkit.writer.api import write
-from weightkit.writer.execute import Written, execute
+from weightkit.writer.executor import Written, execute
 from weightkit.writer.plan import Plan, PlannedFile, make_plan
 from weightkit.writer.summary import Summary, summarize
 

@@ -8,7 +8,7 @@ from weightkit.checkpoint import Checkpoint
 from weightkit.compute import choose_engine
 from weightkit.compute.engines import DeviceName
 from weightkit.layouts import FileSet, lay_out_published
-from weightkit.writer.execute import Written, execute
+from weightkit.writer.executor import Written, execute
 from weightkit.writer.plan import make_plan
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from weightkit.machine import available_memory_bytes, default_jobs, free_disk_bytes
 from weightkit.units import human_bytes
-from weightkit.writer.execute import peak_memory_bytes
+from weightkit.writer.executor import peak_memory_bytes
 from weightkit.writer.plan import Plan
 from weightkit.writer.target import inspect_target
 
