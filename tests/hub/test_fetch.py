@@ -26,7 +26,7 @@ from weightkit.examine import verify
 from weightkit.hub import plan_fetch
 from weightkit.hub.listing import RemoteFile, listing_from_json, make_listing
 from weightkit.hub.patience import Hiccup, Patience, wait_from_headers
-from weightkit.hub.state import FileStamp
+from weightkit.hub.state import FileStamp, with_check
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
@@ -379,7 +379,7 @@ def test_finished_full_size_is_done_in_two_seconds(full_size: FaultyHub, tmp_pat
         stamps[path] = asdict(FileStamp.of((plan.target / path).stat(), sha256, file.content, prefixes, 8 << 20))
         locked[path] = LockedFile(file.size_bytes, sha256)
     record = {"version": 1, "no_mtp": False, "listings": [plan.listing.to_json()], "stamps": stamps}
-    (plan.target / ".weightkit.fetch.json").write_text(json.dumps(record))
+    (plan.target / ".weightkit.fetch.json").write_bytes(with_check(record))
     origin = {"fetch": {"repo": plan.listing.repo, "commit": plan.listing.commit}}
     (plan.target / "weightkit.lock.json").write_bytes(Lock(locked, origin).to_bytes())
     asked = len(full_size.log)

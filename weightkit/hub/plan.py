@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightkit.checkpoint.folder import STATE_DIR
-from weightkit.checkpoint.lock import read_lock
 from weightkit.durable import PARTIAL, SLACK_BYTES
 from weightkit.errors import SpaceError, TargetError, UnreachableError, WeightkitError, raise_all
 from weightkit.hub.ask import ask_all
@@ -264,12 +263,14 @@ def _read_target(target: Path, repos: set[str], no_mtp: bool) -> State:
         raise TargetError("not a folder", where=target, fix="Name another target.")
     try:
         state = read_state(target)
-        lock = read_lock(target) if target.is_dir() else None
     except PermissionError as exc:
         raise TargetError(f"cannot be read ({exc.strerror})", where=target, fix="Name another target.") from exc
-    if lock is not None and state.lock is None:
+    if state.foreign is not None:
         raise TargetError(
-            "holds what another command wrote", where=target, found=_origin(lock.origin), fix="Name another target."
+            "holds what another command wrote",
+            where=target,
+            found=_origin(state.foreign.origin),
+            fix="Name another target.",
         )
     held = {listing.repo for listing in state.listings}
     if state.lock is not None and isinstance(origin := state.lock.origin["fetch"], Mapping):

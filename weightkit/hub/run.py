@@ -109,9 +109,9 @@ class Run:
             threading.Thread(target=self._work, daemon=True, name=f"fetch-{number}")
             for number in range(min(workers, segments))
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             while (alive := next((thread for thread in threads if thread.is_alive()), None)) is not None:
                 alive.join(0.1)
                 self._say_hubs()
@@ -145,7 +145,8 @@ class Run:
         deadline = time.monotonic() + STOP_S
         with suppress(KeyboardInterrupt):  # once more: then no longer
             for thread in threads:
-                thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    thread.join(max(0.0, deadline - time.monotonic()))
 
     def _say_hubs(self) -> None:
         given = {name: health.bytes_fetched for name, health in self.shared.health.items() if health.bytes_fetched}

@@ -2,10 +2,13 @@
 
 ``.weightkit.fetch.json``       the pinned listings, and a stamp of each file that was found right
 ``.weightkit/stamps.jsonl``     stamps of the run that is under way, a line each; merged into the above at its end
+
+Both carry a checksum of themselves: a record that was damaged is no record, and what it spoke of is hashed again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -19,7 +22,7 @@ from weightkit.checkpoint.index import is_relative_path
 from weightkit.checkpoint.json_file import read_json_object
 from weightkit.checkpoint.lock import Lock, LockedFile, read_lock
 from weightkit.durable import write_whole
-from weightkit.errors import FormatError
+from weightkit.errors import FormatError, WeightkitError
 from weightkit.hub.listing import STATE_NAME, Listing, RemoteFile, listing_from_json
 
 VERSION = 1
@@ -68,13 +71,14 @@ class State:
     Attributes:
         listings: pinned; the first is the one whose commit counts.
         stamps: by path.
-        lock: the target's lock, if a fetch wrote it.
+        lock: the target's lock, if a fetch wrote it; ``foreign`` if something else did.
         no_mtp: whether that fetch left MTP files out; ``skipped`` are these, ``derived`` what it wrote in their place.
     """
 
     listings: list[Listing] = field(default_factory=list)
     stamps: dict[str, FileStamp] = field(default_factory=dict)
     lock: Lock | None = None
+    foreign: Lock | None = None
     no_mtp: bool = False
     skipped: list[str] = field(default_factory=list)
     derived: list[str] = field(default_factory=list)
@@ -87,17 +91,22 @@ class State:
 def read_state(target: Path) -> State:
     """What an earlier fetch left; an empty state where there is none. A damaged record costs hashing, not trust.
 
-    Raises ``FormatError`` for a damaged lock.
+    Raises ``FormatError`` for a damaged lock, where no record tells that it was a fetch's and can be written again.
     """
-    state = State()
-    lock = read_lock(target) if target.is_dir() else None
-    if lock is not None and lock.origin.get("fetch") is not None:
+    state, damaged = State(), None
+    try:
+        lock = read_lock(target) if target.is_dir() else None
+    except FormatError as error:
+        lock, damaged = None, error
+    if lock is not None and isinstance(lock.origin.get("fetch"), Mapping):
         state.lock = lock
-    with suppress(FormatError, OSError):
+    else:
+        state.foreign = lock
+    with suppress(WeightkitError, OSError):
         path = target / STATE_NAME
         if path.exists():
-            value = read_json_object(path)
-            if value.get("version") == VERSION:
+            value = _checked(read_json_object(path))
+            if value is not None and value.get("version") == VERSION:
                 listings, stamps = value.get("listings"), value.get("stamps")
                 if isinstance(listings, list) and isinstance(stamps, dict):
                     state.listings = [listing_from_json(item, path) for item in listings]
@@ -107,10 +116,30 @@ def read_state(target: Path) -> State:
     with suppress(OSError):
         for line in (target / STATE_DIR / STAMPS_NAME).read_bytes().split(b"\n")[:-1]:
             with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                if stamp := _stamp(entry["stamp"]):
+                entry = _checked(json.loads(line))
+                if entry is not None and (stamp := _stamp(entry["stamp"])):
                     state.stamps[str(entry["path"])] = stamp
+    if damaged is not None and not state.listings:
+        damaged.fix = f"Remove {LOCK_NAME}; fetch then hashes what is there and writes it anew."
+        raise damaged
     return state
+
+
+def with_check(record: Mapping[str, object]) -> bytes:
+    """A record as JSON on one line, with the SHA-256 of itself."""
+    return _dumps({"sha256": hashlib.sha256(_dumps(record)).hexdigest(), "record": record})
+
+
+def _checked(value: object) -> dict[str, object] | None:
+    """The record, None where it is not what was written."""
+    record = value.get("record") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(record, dict):
+        return None
+    return record if hashlib.sha256(_dumps(record)).hexdigest() == value.get("sha256") else None
+
+
+def _dumps(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _texts(value: object) -> list[str]:
@@ -149,13 +178,13 @@ class Record:
             stamps = {path: asdict(stamp) for path, stamp in sorted(self._state.stamps.items())}
             kinds = {key: getattr(self._state, key) for key in ("no_mtp", "skipped", "derived")}
             value = {"version": VERSION, **kinds, "listings": listings, "stamps": stamps}
-            write_whole(self._target / STATE_NAME, json.dumps(value, separators=(",", ":")).encode())
+            write_whole(self._target / STATE_NAME, with_check(value))
 
     def stamp(self, path: str, stamp: FileStamp) -> None:
         """A file was found right. Not synced: where the line is lost, the file is hashed once more."""
         with self._lock:
             self._state.stamps[path] = stamp
-            self._file.write(json.dumps({"path": path, "stamp": asdict(stamp)}, separators=(",", ":")).encode() + b"\n")
+            self._file.write(with_check({"path": path, "stamp": asdict(stamp)}) + b"\n")
             self._file.flush()
 
     def close(self) -> None:
