@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from weightkit.checkpoint.folder import STATE_DIR
 from weightkit.errors import SpaceError, TargetError
 
+#: Where a writer keeps its journal; gone when the target is complete.
+STATE_DIR = ".weightkit"
 #: Ending of a file's name while it is written.
 PARTIAL = ".partial"
 #: What a full disk answers.

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightkit.checkpoint.index import INDEX_NAME
+from weightkit.durable import STATE_DIR as STATE_DIR
 from weightkit.errors import FormatError
 
 CONFIG_NAME = "config.json"
 LOCK_NAME = "weightkit.lock.json"
-#: Where a writer keeps its journal; gone when the target is complete.
-STATE_DIR = ".weightkit"
 CHUNK_BYTES = 1 << 20
 #: Weights in any format, and what downloads leave behind: not side files.
 WEIGHT_SUFFIXES = frozenset(
