@@ -105,6 +105,10 @@ def test_a_config_from_elsewhere(folder: Path) -> None:
         wk.open_checkpoint(folder)
     assert wk.open_checkpoint(folder, config=folder.parent / "other.json").config == config
     assert wk.open_checkpoint(folder, config=config).config == config
+    with pytest.raises(ConfigError, match="nowhere: no such file\\.\nName the model's"):
+        wk.open_checkpoint(folder, config="nowhere")
+    with pytest.raises(ConfigError, match="not a file"):
+        wk.open_checkpoint(folder, config=folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a":1,"a":2}', "\udcff"])
@@ -122,6 +126,14 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(NotACheckpointError, match="found an empty folder"):
         wk.open_checkpoint(tmp_path)
+
+
+def test_an_unfinished_write(tmp_path: Path) -> None:
+    (tmp_path / ".weightkit").mkdir()
+    (tmp_path / "model0-mp1.safetensors.partial").touch()
+    for examine in (wk.open_checkpoint, wk.verify):
+        with pytest.raises(NotACheckpointError, match=r"not finished\.\nRun the command that fills this folder again"):
+            examine(tmp_path)
 
 
 def test_a_folder_of_other_things(tmp_path: Path) -> None:

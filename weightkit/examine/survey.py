@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from weightkit.checkpoint import INDEX_NAME, Entry, Index, read_index
-from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
+from weightkit.checkpoint.folder import LOCK_NAME
+from weightkit.durable import STATE_DIR
 from weightkit.errors import (
     CheckpointError,
     FormatError,
     IndexFileError,
     MissingFileError,
-    NotACheckpointError,
     WeightkitError,
 )
+from weightkit.layouts.opening import CONTINUE, NOT_FINISHED, nothing_at
 from weightkit.layouts.published import SINGLE_NAME
 from weightkit.layouts.ranks import RankSet, rank_sets
 from weightkit.layouts.scan import Scan, index_problems, scan_files, unlisted_files
@@ -85,8 +86,7 @@ def survey(path: Path) -> Survey:
     if path.is_file() and path.suffix == ".safetensors":
         return _survey_file(path)
     if not path.is_dir():
-        what = "not a safetensors file" if path.exists() else "no such file or folder"
-        raise NotACheckpointError(what, where=path, fix="Name a checkpoint's folder, or one safetensors file.")
+        raise nothing_at(path)
     if (path / INDEX_NAME).exists():
         return _survey_published(path)
     if sets := _rank_sets(path):
@@ -153,12 +153,7 @@ def _survey_ranks(folder: Path, sets: list[RankSet]) -> Survey:
 def _survey_without_index(folder: Path) -> Survey:
     names = _weight_files(folder)
     if not names and not (folder / LOCK_NAME).exists():
-        raise NotACheckpointError(
-            "no checkpoint in this folder",
-            where=folder,
-            expected=f"{INDEX_NAME}, {SINGLE_NAME}, or rank files such as model0-mp8.safetensors",
-            found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty folder",
-        )
+        raise nothing_at(folder)
     missing = MissingFileError("no index", where=folder / INDEX_NAME, fix="Fetch the index, or run the writer again.")
     return _survey_files(folder, names, "published", [*_unfinished(folder), missing])
 
@@ -227,10 +222,4 @@ def _weight_files(folder: Path) -> list[str]:
 def _unfinished(folder: Path) -> list[WeightkitError]:
     if not (folder / STATE_DIR).exists():
         return []
-    return [
-        CheckpointError(
-            "the writing of this folder was not finished",
-            where=folder / STATE_DIR,
-            fix="Run the command that wrote it again: it continues where it stopped.",
-        )
-    ]
+    return [CheckpointError(NOT_FINISHED, where=folder / STATE_DIR, fix=CONTINUE)]

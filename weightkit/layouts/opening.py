@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightkit.checkpoint import INDEX_NAME, Checkpoint
 from weightkit.checkpoint.folder import CONFIG_NAME
 from weightkit.checkpoint.json_file import read_json_object
+from weightkit.durable import STATE_DIR
 from weightkit.errors import ConfigError, FormatError, NotACheckpointError
 from weightkit.layouts.published import SINGLE_NAME, open_published, open_single
 from weightkit.layouts.ranks import open_ranks, rank_sets
+
+NOT_FINISHED = "the writing of this folder was not finished"
+CONTINUE = "Run the command that fills this folder again: it continues where it stopped."
 
 
 def open_checkpoint(path: str | Path, *, config: str | Path | Mapping[str, object] | None = None) -> Checkpoint:
@@ -26,24 +30,33 @@ def open_checkpoint(path: str | Path, *, config: str | Path | Mapping[str, objec
         ConfigError: no config, or a broken one.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not path.exists():
-        raise NotACheckpointError("no such file or folder", where=path)
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise NotACheckpointError("not a safetensors file", where=path)
-        return open_single(path, _config(folder, config))
+    if path.is_file() and path.suffix == ".safetensors":
+        return open_single(path, _config(path.parent, config))
+    if not path.is_dir():
+        raise nothing_at(path)
     if (path / INDEX_NAME).is_file():
-        return open_published(path, _config(folder, config))
+        return open_published(path, _config(path, config))
     if rank_sets(path):
-        return open_ranks(path, _config(folder, config))
+        return open_ranks(path, _config(path, config))
     if (path / SINGLE_NAME).is_file():
-        return open_single(path / SINGLE_NAME, _config(folder, config))
-    raise NotACheckpointError(
+        return open_single(path / SINGLE_NAME, _config(path, config))
+    raise nothing_at(path)
+
+
+def nothing_at(path: Path) -> NotACheckpointError:
+    """What to raise where no checkpoint lies at ``path``: it says what was found there."""
+    if not path.is_dir():
+        what = "not a safetensors file" if path.exists() else "no such file or folder"
+        return NotACheckpointError(what, where=path, fix="Name a checkpoint's folder, or one safetensors file.")
+    names = sorted(entry.name for entry in path.iterdir())
+    if STATE_DIR in names:
+        return NotACheckpointError(NOT_FINISHED, where=path, fix=CONTINUE)
+    return NotACheckpointError(
         "no checkpoint in this folder",
         where=path,
         expected=f"{INDEX_NAME}, {SINGLE_NAME}, or rank files such as model0-mp8.safetensors",
-        found=_contents(path),
+        found=_some(names),
+        fix="Name the folder that holds these files.",
     )
 
 
@@ -52,14 +65,14 @@ def _config(folder: Path, config: str | Path | Mapping[str, object] | None) -> M
         return config
     path = folder / CONFIG_NAME if config is None else Path(config)
     if not path.is_file():
-        raise ConfigError(
-            "no config.json", where=path, fix="Copy the model's config.json there, or name one with --config."
-        )
+        what, fix = "no config.json", "Copy the model's config.json there, or name one with --config."
+        if config is not None:
+            what, fix = "no such file" if not path.exists() else "not a file", "Name the model's config.json."
+        raise ConfigError(what, where=path, fix=fix)
     return read_json_object(path, FormatError)
 
 
-def _contents(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
+def _some(names: Sequence[str]) -> str:
     if not names:
         return "an empty folder"
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
