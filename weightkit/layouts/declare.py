@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.dtypes import TORCH_NAMES
 from weightkit.checkpoint.tensors import LazyTensor, size_bytes
+from weightkit.family import Architecture
 
 #: Both spellings are in use; transformers 5 writes the second.
 DTYPE_FIELDS = ("torch_dtype", "dtype")
@@ -37,3 +39,9 @@ def without_stale_fp8(config: Mapping[str, object], tensors: Iterable[LazyTensor
         sizes[tensor.dtype] += size_bytes(tensor)
     floats = {dtype: size for dtype, size in sizes.items() if dtype in TORCH_NAMES}
     return declare_dtype(config, max(floats, key=floats.__getitem__)) if floats else config
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """What the config says of these tensors. Raises ``ConfigError`` and ``UnsupportedError``."""
+    config = without_stale_fp8(checkpoint.config, checkpoint.tensors.values())
+    return Architecture.from_config(config, where=f"the config of {checkpoint.root}")

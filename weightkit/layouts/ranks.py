@@ -29,7 +29,7 @@ from weightkit.family import (
     to_demo,
     to_published,
 )
-from weightkit.layouts.declare import declare_no_mtp, without_stale_fp8
+from weightkit.layouts.declare import architecture_of, declare_no_mtp, without_stale_fp8
 from weightkit.layouts.fileset import FileSet, file_set
 from weightkit.layouts.fit import unfit
 from weightkit.layouts.scan import scan_files
@@ -154,7 +154,7 @@ def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
 
     Raises ``PlanError`` where the degree does not divide it, with the legal ones.
     """
-    arch = _architecture(checkpoint)
+    arch = architecture_of(checkpoint)
     require_mp(arch, mp, fp8="F8_E4M3" in checkpoint.dtypes)
     owners = {expert: rank for rank, owned in enumerate(expert_ranges(arch.n_routed_experts, mp)) for expert in owned}
 
@@ -171,17 +171,13 @@ def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
 
 def lay_out_expert_ranks(checkpoint: Checkpoint, ep: int) -> FileSet:
     """The routed experts over ``ep`` ranks, as evenly as they divide; everything else whole on each."""
-    arch = _architecture(checkpoint)
+    arch = architecture_of(checkpoint)
     owners = {expert: rank for rank, owned in enumerate(expert_ranges(arch.n_routed_experts, ep)) for expert in owned}
 
     def share(tensor: LazyTensor, expected: Expected, rank: int) -> LazyTensor | None:
         return tensor if expected.expert is None or owners[expected.expert] == rank else None
 
     return _lay_out(checkpoint, arch, RankSet("ep", ep), share)
-
-
-def _architecture(checkpoint: Checkpoint) -> Architecture:
-    return Architecture.from_config(without_stale_fp8(checkpoint.config, checkpoint.tensors.values()))
 
 
 Share = Callable[[LazyTensor, Expected, int], LazyTensor | None]

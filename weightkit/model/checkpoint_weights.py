@@ -63,7 +63,7 @@ class CheckpointWeights:
     ) -> None:
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise GenerationError("unknown dtype", where="dtype", expected=", ".join(FLOAT_DTYPES), found=repr(dtype))
-        self.arch = Architecture.from_config(checkpoint.config)
+        self.arch = Architecture.from_config(checkpoint.config, where=f"the config of {checkpoint.root}")
         self._engine = choose_engine(device)
         self.device = torch.device("cpu" if self._engine.name == "cpu" else "cuda")
         stored = {name: short for short, name in FLOAT_DTYPES.items()}[self.arch.dtype]

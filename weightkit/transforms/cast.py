@@ -10,7 +10,7 @@ from weightkit.checkpoint.dtypes import FLOAT_DTYPES
 from weightkit.checkpoint.tensors import LazyTensor, cast_to, dequantize
 from weightkit.errors import PlanError, ScaleError, UnsupportedError, WeightkitError, raise_all
 from weightkit.family import Architecture, blueprint
-from weightkit.layouts.declare import declare_dtype
+from weightkit.layouts.declare import architecture_of, declare_dtype
 
 SCALE_SUFFIX = "_scale_inv"
 #: Cast wherever they are found. F32 is cast where the published model has weights that are not F32: router biases are
@@ -50,7 +50,7 @@ def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
 
 
 def _architecture(checkpoint: Checkpoint) -> Architecture:
-    arch = Architecture.from_config(checkpoint.config)
+    arch = architecture_of(checkpoint)
     if arch.quantization is not None and not arch.quantization.is_fp8:
         raise UnsupportedError(
             "no cast is defined for this quantization",

@@ -12,7 +12,7 @@ from weightkit.checkpoint.json_file import read_json_object
 from weightkit.checkpoint.tensors import LazyTensor, concat, narrow
 from weightkit.errors import FormatError, PlanError, WeightkitError, raise_all
 from weightkit.family import Architecture, Expected, Role, blueprint, legal_expert_counts, rename_expert
-from weightkit.layouts.declare import without_stale_fp8
+from weightkit.layouts.declare import architecture_of
 from weightkit.layouts.fit import unfit
 
 #: A layer's kept expert ids, ascending; they are renumbered from 0 in this order.
@@ -32,7 +32,7 @@ def keep_experts(checkpoint: Checkpoint, count: int, *, kept: Kept | None = None
             layer's, an
             equal number from each group; all problems at once.
     """
-    arch = Architecture.from_config(without_stale_fp8(checkpoint.config, checkpoint.tensors.values()))
+    arch = architecture_of(checkpoint)
     legal = legal_expert_counts(arch)
     if count not in legal:
         shown = ", ".join(map(str, legal)) if len(legal) <= 40 else f"{legal[0]}, {legal[1]}, ... {legal[-1]}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from weightkit.checkpoint import Checkpoint
-from weightkit.family import Architecture, is_mtp
-from weightkit.layouts.declare import declare_no_mtp
+from weightkit.family import is_mtp
+from weightkit.layouts.declare import architecture_of, declare_no_mtp
 
 
 def strip_mtp(checkpoint: Checkpoint) -> Checkpoint:
@@ -14,6 +14,6 @@ def strip_mtp(checkpoint: Checkpoint) -> Checkpoint:
 
     The config's ``num_nextn_predict_layers`` becomes 0. A checkpoint without such layers comes back with equal tensors.
     """
-    arch = Architecture.from_config(checkpoint.config)
+    arch = architecture_of(checkpoint)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_mtp(name, arch)}
     return replace(checkpoint, tensors=tensors, config=declare_no_mtp(checkpoint.config))
