@@ -49,7 +49,7 @@ def source(model: str) -> Path:
         raise NotACheckpointError(
             f"{model} is not in the workspace",
             where=path,
-            fix="Put the published checkpoint there, name its folder as SRC, or use --model pico, which ships here.",
+            fix=f"Run `weightkit fetch {model}`, name a folder as SRC, or use --model pico, which ships here.",
         )
     return path
 
@@ -64,11 +64,15 @@ def sharded_source(model: str) -> Path:
         "several folders of rank files" if found else "no rank files in the workspace",
         where=folder,
         found=", ".join(path.name for path in found) or None,
-        fix="Name the folder as SRC.",
+        fix="Name the folder as SRC." if found else "Write some with `weightkit shard`, or name their folder as SRC.",
     )
 
 
 def target(model: str, src: Path | None, form: Sequence[str]) -> Path:
-    """Where a result goes that is named by no one: ``form`` in the workspace, or beside an explicit source."""
+    """Where a result goes that is named by no one: ``form`` in the workspace, or beside an explicit source's folder."""
     name = "-".join(form)
-    return model_folder(model) / name if src is None else src.absolute().with_name(f"{src.absolute().name}-{name}")
+    if src is None:
+        return model_folder(model) / name
+    folder = src.parent if src.is_file() else src
+    folder = folder.resolve() if folder.name == ".." else folder.absolute()
+    return folder.with_name(f"{folder.name}-{name}")

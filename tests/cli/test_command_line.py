@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import V3, write_tiny
+from tiny import V3, write_safetensors, write_tiny
 
 from weightkit.cli.app import COMMANDS
 
@@ -85,6 +86,20 @@ def test_source_and_target(workspace: Path) -> None:
     assert run("strip", str(src), cwd=workspace).stdout.startswith(f"{src}-no-mtp: ")
 
 
+def test_a_result_beside_its_source_whatever_the_source_is_called(workspace: Path) -> None:
+    src = workspace / "weights/deepseek-v3/fp8"
+    beside = f"{src}-no-mtp: "
+    assert run("strip", ".", cwd=src).stdout.startswith(beside)
+    (src / "assets").mkdir()
+    assert run("strip", "..", cwd=src / "assets").stdout.startswith(beside)
+    single = workspace / "single"
+    single.mkdir()
+    shutil.copy(src / "config.json", single)
+    write_safetensors(single / "model.safetensors", write_tiny(workspace / "other"))
+    done = run("strip", "model.safetensors", cwd=single)
+    assert done.stdout.startswith(f"{single}-no-mtp: "), done.stderr
+
+
 def test_home_from_the_environment(tmp_path: Path) -> None:
     write_tiny(tmp_path / "elsewhere/deepseek-v3/fp8")
     done = run("strip", cwd=tmp_path, WEIGHTKIT_HOME=str(tmp_path / "elsewhere"))
@@ -150,7 +165,10 @@ def test_a_wrong_call_exits_2(arguments: list[str], complaint: str, workspace: P
     [
         (["strip"], "deepseek-v3 is not in the workspace"),
         (["strip", "--model", "deepseek-v4"], "no model of this name is known"),
+        (["strip", "--model", "deepseek-v3"], "`weightkit fetch deepseek-v3`"),
         (["strip", "missing", "out"], "missing: no such file or folder"),
+        (["strip", "missing", "out"], "Name a checkpoint's folder"),
+        (["strip", "/dev/null"], "/dev/null: not a safetensors file"),
         (["merge"], "no rank files in the workspace"),
     ],
 )
