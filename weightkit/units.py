@@ -12,6 +12,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 file``, ``1,024 files``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def human_seconds(seconds: float) -> str:
     """``0.4 s``, ``2 min 5 s``, ``3 h 12 min``."""
     if seconds < 60:

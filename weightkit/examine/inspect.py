@@ -17,7 +17,7 @@ from weightkit.examine.tensors import SCALE_SUFFIX
 from weightkit.family import Architecture, Expected, Role, blueprint, is_mtp, layer_of, legal_mp
 from weightkit.layouts import open_checkpoint
 from weightkit.manifests import Expectation, Manifest
-from weightkit.units import human_bytes
+from weightkit.units import counted, human_bytes
 
 #: Rows of the table, in the order of the model; what a checkpoint lacks is left out.
 COMPONENTS = (
@@ -314,7 +314,7 @@ def _model_facts(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _place_facts(found: Inspection) -> list[tuple[str, str]]:
-    files = f"{found.files:,} files, " if found.files is not None else ""
+    files = f"{counted(found.files, 'file')}, " if found.files is not None else ""
     facts = [("layout", f"{found.layout}, {files}{found.tensors:,} tensors, {human_bytes(found.size_bytes)}")]
     if found.differs:
         facts += [("differs", difference) for difference in found.differs]

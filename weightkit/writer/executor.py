@@ -27,7 +27,7 @@ from weightkit.durable import FULL, PARTIAL, no_space, only_writer, sync_folder
 from weightkit.errors import Interrupted, PlanError, WriteError
 from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
-from weightkit.units import human_bytes, human_seconds
+from weightkit.units import counted, human_bytes, human_seconds
 from weightkit.writer.journal import Journal, Progress
 from weightkit.writer.pieces import STRIP_BYTES, Copied, pieces, require_in_range
 from weightkit.writer.plan import Plan, PlannedFile
@@ -67,13 +67,13 @@ class Written:
     def render(self) -> str:
         """One line for a terminal."""
         if not self.written_bytes:
-            return f"{self.target}: complete already, {self.files} files, {human_bytes(self.size_bytes)}."
+            return f"{self.target}: complete already, {counted(self.files, 'file')}, {human_bytes(self.size_bytes)}."
         rate = human_bytes(self.written_bytes / max(self.wall_s, 1e-9))
         kept = self.size_bytes - self.written_bytes
         resumed = f", {human_bytes(kept)} kept from an earlier run" if kept else ""
         return (
-            f"{self.target}: {self.files} files, {human_bytes(self.size_bytes)} in {human_seconds(self.wall_s)}"
-            f" ({rate}/s{resumed})."
+            f"{self.target}: {counted(self.files, 'file')}, {human_bytes(self.size_bytes)}"
+            f" in {human_seconds(self.wall_s)} ({rate}/s{resumed})."
         )
 
 
