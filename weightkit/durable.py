@@ -87,6 +87,7 @@ def _hold(folder: Path) -> int:
             raise TargetError(
                 "another process is writing there", where=folder.parent, fix="Wait for it, or name another target."
             ) from exc
-        if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
-            return handle
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
         os.close(handle)  # a writer that ended took this file away: its lock keeps nobody out

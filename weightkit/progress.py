@@ -67,7 +67,7 @@ class Progress:
                 self._bar.write(text, file=sys.stderr)
 
     def _set_postfix(self) -> None:
-        files = f"{self._parts_done}/{self._parts} files"
+        files = f"{self._parts_done}/{self._parts} files" if self._parts else ""
         self._bar.set_postfix_str(", ".join(filter(None, (files, self._note))), refresh=False)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from weightkit.checkpoint.folder import SideFile
 from weightkit.checkpoint.header import Header
-from weightkit.checkpoint.reading import Stamp
-from weightkit.checkpoint.tensors import LazyTensor, Stored, size_bytes, stored_parts
+from weightkit.checkpoint.stamp import Stamp
+from weightkit.checkpoint.tensors import LazyTensor, Stored, size_bytes
 from weightkit.errors import MissingTensorError
 
 
@@ -19,7 +19,7 @@ class Checkpoint:
 
     Attributes:
         root: the folder (or single file) that was opened.
-        layout: how it lies on disk, ``published``, ``ranks`` or ``single file``; a word for messages.
+        layout: how it lies on disk, such as ``published``, ``8 mp ranks`` or ``single file``; words for messages.
         tensors: published name to tensor, in the order in which they are best read.
         config: ``config.json`` as it stands; transforms keep it true.
         side_files: relative path to file: tokenizer, chat template, code.
@@ -59,9 +59,3 @@ def stored_tensors(path: Path, header: Header) -> dict[str, Stored]:
         entry.name: Stored(where, header.data_offset + entry.begin, entry.dtype, entry.shape)
         for entry in header.entries
     }
-
-
-def reading_order(tensor: LazyTensor) -> tuple[str, int]:
-    """Sort key: where the tensor's first bytes lie."""
-    first = next(stored_parts(tensor))
-    return first.path, first.offset

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from weightkit.checkpoint import Header, Index, read_header
 from weightkit.checkpoint.folder import require_inside
-from weightkit.checkpoint.reading import Stamp, stamp_file
-from weightkit.errors import IndexFileError, MissingFileError, MissingTensorError, WeightkitError
+from weightkit.checkpoint.stamp import Stamp, stamp_file
+from weightkit.errors import IndexFileError, MissingTensorError, WeightkitError
 
 #: Headers are read by several threads, to hide the latency of network filesystems.
 READERS = 8
@@ -103,8 +103,3 @@ def unlisted_files(folder: Path, index: Index) -> list[str]:
     """Safetensors files beside the index that it does not name."""
     listed = set(index.weight_map.values())
     return sorted(path.name for path in folder.glob("*.safetensors") if path.name not in listed)
-
-
-def missing_files(problems: Iterable[WeightkitError]) -> list[MissingFileError]:
-    """Those of the problems that are absent files."""
-    return [problem for problem in problems if isinstance(problem, MissingFileError)]
