@@ -215,7 +215,7 @@ def test_ids_need_no_tokenizer(tmp_path: Path, fp8: Path) -> None:
         ("model.norm.weight", "after the prompt, in the final norm or the head"),
     ],
 )
-def test_non_finite_logits_name_the_layer(
+def test_pain_14_non_finite_logits_name_the_layer(
     tmp_path: Path, stored: dict[str, torch.Tensor], name: str, place: str
 ) -> None:
     """pains 14: a smoke test demands finite logits."""
@@ -235,14 +235,14 @@ def test_non_finite_logits_name_the_step(tmp_path: Path, stored: dict[str, torch
         generate(tmp_path, PROMPT, device="cpu")
 
 
-def test_f16_overflow_is_refused_with_advice(tmp_path: Path, stored: dict[str, torch.Tensor]) -> None:
+def test_pain_14_f16_overflow_is_refused_with_advice(tmp_path: Path, stored: dict[str, torch.Tensor]) -> None:
     name = "model.layers.2.mlp.shared_experts.down_proj.weight_scale_inv"
     write_small(tmp_path, stored={**stored, name: stored[name] * 1e6})
     with pytest.raises(NonFiniteError, match=r"first in layer 2(.|\n)*F16 overflows"):
         generate(tmp_path, PROMPT, device="cpu", dtype="f16")
 
 
-def test_rank_files_generate_the_same(runtime: Runtime, fp8: Path, tmp_path: Path) -> None:
+def test_pain_20_rank_files_generate_without_a_launcher(runtime: Runtime, fp8: Path, tmp_path: Path) -> None:
     write(shard(cast(open_checkpoint(fp8), "bf16"), mp=2), tmp_path / "mp2")
     found = generate(tmp_path / "mp2", PROMPT, device="cpu", max_new_tokens=12)
     assert found.token_ids == runtime.generate(PROMPT, max_new_tokens=12).token_ids
