@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from weightkit.checkpoint import reading
 from weightkit.checkpoint.copies import copies
-from weightkit.checkpoint.reading import Reader, Stamp
+from weightkit.checkpoint.reading import Reader
+from weightkit.checkpoint.stamp import Stamp
 from weightkit.checkpoint.tensors import (
     Cast,
     Concat,

@@ -6,13 +6,12 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from weightkit.checkpoint.copies import Copy, copies
+from weightkit.checkpoint.stamp import Stamp
 from weightkit.checkpoint.tensors import LazyTensor, size_bytes
 from weightkit.errors import FormatError, MissingFileError, SourceChangedError
 
@@ -24,18 +23,6 @@ DENSE = 1 / 8
 SCRATCH_BYTES = 4 << 20
 #: Reads from this size on are followed by more of the file, as a rule.
 LARGE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """What tells that a file is still the one that was planned with."""
-
-    size_bytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, stat: os.stat_result) -> Stamp:
-        return cls(stat.st_size, stat.st_mtime_ns)
 
 
 class Reader:
@@ -170,11 +157,3 @@ def _fetch(file: int, offset: int, count: int) -> None:
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(file, offset, count, os.POSIX_FADV_WILLNEED)
-
-
-def stamp_file(path: Path) -> Stamp:
-    """The stamp of a file. Raises ``MissingFileError``."""
-    try:
-        return Stamp.of(path.stat())
-    except FileNotFoundError as exc:
-        raise MissingFileError("no such file", where=path) from exc

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightkit.checkpoint.lock import Lock
-from weightkit.checkpoint.reading import Stamp
+from weightkit.checkpoint.stamp import Stamp
 from weightkit.durable import PARTIAL, write_whole
 from weightkit.errors import FetchError, SpaceError, TargetError, WeightkitError
 from weightkit.hub.line import Line, RangeIgnored, Shared

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.folder import CONFIG_NAME, SideFile
 from weightkit.checkpoint.json_file import json_bytes
-from weightkit.checkpoint.reading import Stamp
+from weightkit.checkpoint.stamp import Stamp
 from weightkit.checkpoint.tensors import LazyTensor
 from weightkit.layouts.declare import without_stale_fp8
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from weightkit.checkpoint.folder import STATE_DIR
 from weightkit.checkpoint.index import is_relative_path
-from weightkit.checkpoint.reading import Stamp
+from weightkit.checkpoint.stamp import Stamp
 from weightkit.durable import sync_folder
 
 JOURNAL_NAME = "journal.jsonl"

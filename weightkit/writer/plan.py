@@ -12,7 +12,7 @@ from pathlib import Path
 from weightkit.checkpoint import build_header
 from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR, SideFile
 from weightkit.checkpoint.index import INDEX_NAME, index_bytes, is_file_name, is_relative_path
-from weightkit.checkpoint.reading import Stamp
+from weightkit.checkpoint.stamp import Stamp
 from weightkit.checkpoint.tensors import (
     Cast,
     Concat,

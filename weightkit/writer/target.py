@@ -11,7 +11,7 @@ from pathlib import Path
 from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import read_lock
-from weightkit.checkpoint.reading import Stamp
+from weightkit.checkpoint.stamp import Stamp
 from weightkit.durable import PARTIAL, SLACK_BYTES
 from weightkit.errors import FormatError, SpaceError, TargetError
 from weightkit.machine import available_memory_bytes, free_disk_bytes
