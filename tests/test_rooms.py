@@ -112,6 +112,8 @@ def test_light_rooms_import_nothing_heavy(module: str) -> None:
 
 def test_what_the_package_exports() -> None:
     assert weightkit.__all__ == sorted(weightkit._HOMES)
+    documented = re.findall(r"^    (\w+)  +\w", weightkit.__doc__ or "", re.MULTILINE)
+    assert sorted(documented) == weightkit.__all__
     assert set(weightkit.__all__) <= set(dir(weightkit))
     for name in weightkit.__all__:
         assert getattr(weightkit, name).__doc__, name

@@ -8,6 +8,22 @@ another, and one writer turns the result into files:
     checkpoint = wk.open_checkpoint("weights/deepseek-v3/fp8")
     wk.write(wk.shard(wk.cast(wk.strip_mtp(checkpoint), "bf16"), mp=16), "weights/deepseek-v3/bf16-mp16")
 
+All of it:
+
+    open_checkpoint     whatever lies at a path, in any layout, as a Checkpoint
+    Checkpoint          published names to lazy tensors, config and side files
+    strip_mtp           without its multi-token-prediction layers
+    cast                FP8 with block scales, or any float weights, in BF16, F16 or F32
+    keep_experts        with fewer routed experts
+    shard               as one file a model-parallel or expert-parallel rank
+    merge               as the hubs publish it: an index and shards
+    write               to a folder, resumable and checksummed
+    verify              all problems of a checkpoint at once
+    inspect             what a checkpoint is, or a known model, with nothing downloaded
+    generate            text, from any layout and dtype
+    fetch               from Hugging Face or ModelScope, resumable and verified
+    WeightkitError      the base of all errors that are raised on purpose
+
 Importing this imports no torch; what needs it imports it when called.
 """
 
