@@ -1,12 +1,19 @@
-"""A checkpoint held against the blueprint of its config, before its tensors are cut by what the config says."""
+"""A checkpoint held against the blueprint of its config, before it is made into another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.tensors import LazyTensor
-from weightkit.errors import MissingTensorError, TensorError, WeightkitError
-from weightkit.family import Expected
+from weightkit.errors import MissingTensorError, TensorError, WeightkitError, raise_all
+from weightkit.family import Architecture, Expected, blueprint
+
+
+def require_fit(checkpoint: Checkpoint, arch: Architecture, what: str) -> None:
+    """Raise all that is missing or of another shape than the config calls for; ``what`` it stands in the way of."""
+    problems = list(unfit(checkpoint.tensors, blueprint(arch)))
+    raise_all(what, problems, where=checkpoint.root, fix=f"weightkit verify {checkpoint.root} lists all that is wrong.")
 
 
 def unfit(tensors: Mapping[str, LazyTensor], expected: Mapping[str, Expected]) -> Iterator[WeightkitError]:

@@ -11,6 +11,7 @@ from weightkit.checkpoint.tensors import LazyTensor, cast_to, dequantize
 from weightkit.errors import PlanError, ScaleError, UnsupportedError, WeightkitError, raise_all
 from weightkit.family import Architecture, blueprint
 from weightkit.layouts.declare import architecture_of, declare_dtype
+from weightkit.layouts.fit import require_fit
 
 SCALE_SUFFIX = "_scale_inv"
 #: Cast wherever they are found. F32 is cast where the published model has weights that are not F32: router biases are
@@ -30,12 +31,14 @@ def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
         ConfigError: not a member of the family.
         ScaleError: an FP8 weight without a scale, a scale without a weight, or one that does not fit; all of them at
             once.
+        MissingTensorError, TensorError: a tensor that the config calls for is not there, or has another shape.
         UnsupportedError: a dtype that no cast is defined for, such as packed FP4 in I8, or another quantization.
     """
     if to not in FLOAT_DTYPES:
         raise PlanError("unknown dtype", where="--to", expected=", ".join(FLOAT_DTYPES), found=repr(to))
     dtype = FLOAT_DTYPES[to]
-    widened = _weights_not_published_in_f32(_architecture(checkpoint))
+    arch = _architecture(checkpoint)
+    widened = _weights_not_published_in_f32(arch)
     tensors: dict[str, LazyTensor] = {}
     problems: list[WeightkitError] = []
     for name, tensor in checkpoint.tensors.items():
@@ -46,6 +49,7 @@ def cast(checkpoint: Checkpoint, to: str) -> Checkpoint:
         except WeightkitError as problem:
             problems.append(problem)
     raise_all(f"cannot be cast to {to}", problems, where=checkpoint.root)
+    require_fit(checkpoint, arch, f"cannot be cast to {to}")
     return replace(checkpoint, tensors=tensors, config=declare_dtype(checkpoint.config, dtype))
 
 

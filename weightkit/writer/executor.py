@@ -187,18 +187,14 @@ class _Run:
 
     def write_files(self, jobs: int) -> None:
         """All files, ``jobs`` at once. The first failure stops the others at their next buffer."""
-        with ThreadPoolExecutor(jobs, thread_name_prefix="weightkit") as pool:
-            futures: list[Future[None]] = []
-            try:
-                for file in self.plan.files:
-                    futures.append(pool.submit(self.write_file, file))
-                _wait_for(futures)
-            except KeyboardInterrupt as exc:
-                raise Interrupted("stopped; what was written is kept", where=self.plan.target, fix=CONTINUE) from exc
-            finally:
-                self.stop.set()
-                for future in futures:
-                    future.cancel()
+        pool = ThreadPoolExecutor(jobs, thread_name_prefix="weightkit")
+        try:
+            _wait_for([pool.submit(self.write_file, file) for file in self.plan.files])
+        except KeyboardInterrupt as exc:
+            raise Interrupted("stopped; what was written is kept", where=self.plan.target, fix=CONTINUE) from exc
+        finally:
+            self.stop.set()
+            _end(pool)
 
     def write_file(self, file: PlannedFile) -> None:
         """One file: to its partial name, synced, checked, renamed, journalled."""
@@ -302,6 +298,15 @@ class _Run:
 
 
 CONTINUE = "Run the same command again: it continues where it stopped."
+
+
+def _end(pool: ThreadPoolExecutor) -> None:
+    """Wait for the workers, whatever is pressed: until they are through, files and the target are theirs."""
+    while True:
+        try:
+            return pool.shutdown(wait=True, cancel_futures=True)
+        except KeyboardInterrupt:
+            continue  # they were told to stop, and do so at their next buffer
 
 
 def _wait_for(futures: list[Future[None]]) -> None:
