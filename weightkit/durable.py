@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,12 +31,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes], *, durable: bool = True) -> None:
     """A small file, whole or not at all: under a partial name, synced, renamed; with the umask's mode."""
     partial = path.with_name(path.name + PARTIAL)
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     with os.fdopen(handle, "wb") as file:
-        file.write(content)
+        for chunk in [content] if isinstance(content, bytes) else content:
+            file.write(chunk)
         file.flush()
         if durable:
             os.fsync(file.fileno())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightkit.checkpoint.index import INDEX_NAME
-from weightkit.durable import STATE_DIR as STATE_DIR
 from weightkit.errors import FormatError
 
 CONFIG_NAME = "config.json"

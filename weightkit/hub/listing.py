@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
+from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import is_relative_path
-from weightkit.durable import PARTIAL
+from weightkit.durable import PARTIAL, STATE_DIR
 from weightkit.errors import FormatError, ListingError, raise_all
 
 HubName = Literal["huggingface", "modelscope"]

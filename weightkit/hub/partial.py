@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightkit.checkpoint.folder import STATE_DIR
-from weightkit.durable import FULL, PARTIAL, no_space, sync_folder
+from weightkit.durable import FULL, PARTIAL, STATE_DIR, no_space, sync_folder
 from weightkit.errors import PlanError, TargetError, WriteError
 from weightkit.hub.listing import RemoteFile
 

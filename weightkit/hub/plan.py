@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightkit.checkpoint.folder import STATE_DIR
-from weightkit.durable import PARTIAL, SLACK_BYTES
+from weightkit.durable import PARTIAL, SLACK_BYTES, STATE_DIR
 from weightkit.errors import SpaceError, TargetError, UnreachableError, WeightkitError, raise_all
 from weightkit.hub.ask import ask_all
 from weightkit.hub.line import Health, Line, Shared

@@ -17,11 +17,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
+from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import is_relative_path
 from weightkit.checkpoint.json_file import read_json_object
 from weightkit.checkpoint.lock import Lock, LockedFile, read_lock
-from weightkit.durable import write_whole
+from weightkit.durable import STATE_DIR, write_whole
 from weightkit.errors import FormatError, WeightkitError
 from weightkit.hub.listing import STATE_NAME, Listing, RemoteFile, listing_from_json
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,14 +15,14 @@ import numpy as np
 
 from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.copies import Copy
-from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
+from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.checkpoint.reading import SCRATCH_BYTES, Bytes
 from weightkit.checkpoint.tensors import Stored, size_bytes
 from weightkit.compute import CpuEngine, Engine, evaluate
 from weightkit.compute.evaluate import STRIP_ROWS
-from weightkit.durable import FULL, PARTIAL, no_space, only_writer, sync_folder
+from weightkit.durable import FULL, PARTIAL, STATE_DIR, no_space, only_writer, sync_folder, write_whole
 from weightkit.errors import Interrupted, PlanError, WriteError
 from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
@@ -286,14 +285,14 @@ class _Run:
         """Side files, lock and, last, the index: the mark that the target is complete."""
         target, sides = self.plan.target, dict(self.plan.side_files)
         locked = {file.name: LockedFile(file.size_bytes, self.history[file.name].sha256) for file in self.plan.files}
-        index = sides.pop(INDEX_NAME, None)
-        locked |= {name: write_durably(target / name, file.chunks()) for name, file in sides.items()}
+        index = b"".join(sides.pop(INDEX_NAME).chunks()) if INDEX_NAME in sides else None
+        locked |= {name: _write_side_file(target / name, file.chunks()) for name, file in sides.items()}
         if index is not None:
-            locked[INDEX_NAME] = _locked(index.chunks())
+            locked[INDEX_NAME] = LockedFile(len(index), hashlib.sha256(index).hexdigest())
         lock = Lock(locked, {"plan": self.plan.hash, "source": self.plan.root})
-        write_durably(target / LOCK_NAME, [lock.to_bytes()])
+        write_whole(target / LOCK_NAME, lock.to_bytes())
         if index is not None:
-            write_durably(target / INDEX_NAME, index.chunks())
+            write_whole(target / INDEX_NAME, index)
         self.journal.remove()
 
 
@@ -329,27 +328,19 @@ def _require_as_planned(path: Path, file: PlannedFile) -> None:
         )
 
 
-def write_durably(path: Path, chunks: Iterable[bytes]) -> LockedFile:
-    """A small file: under a partial name, synced, renamed; with the umask's mode."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    with os.fdopen(handle, "wb") as file:
-        locked = _locked(chunks, file.write)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_folder(path.parent)
-    return locked
-
-
-def _locked(chunks: Iterable[bytes], use: Callable[[bytes], object] = len) -> LockedFile:
-    """Size and checksum of the chunks, each of which is handed on."""
+def _write_side_file(path: Path, chunks: Iterable[bytes]) -> LockedFile:
+    """A side file, whole or not at all; its size and checksum."""
     digest, size = hashlib.sha256(), 0
-    for chunk in chunks:
-        digest.update(chunk)
-        size += len(chunk)
-        use(chunk)
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, counted())
     return LockedFile(size, digest.hexdigest())
 
 

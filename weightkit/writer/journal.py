@@ -19,10 +19,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightkit.checkpoint.folder import STATE_DIR
 from weightkit.checkpoint.index import is_relative_path
 from weightkit.checkpoint.stamp import Stamp
-from weightkit.durable import sync_folder
+from weightkit.durable import STATE_DIR, sync_folder
 
 JOURNAL_NAME = "journal.jsonl"
 

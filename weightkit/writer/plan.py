@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from weightkit.checkpoint import build_header
-from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR, SideFile
+from weightkit.checkpoint.folder import LOCK_NAME, SideFile
 from weightkit.checkpoint.index import INDEX_NAME, index_bytes, is_file_name, is_relative_path
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.checkpoint.tensors import (
@@ -24,7 +24,7 @@ from weightkit.checkpoint.tensors import (
     size_bytes,
     stored_parts,
 )
-from weightkit.durable import PARTIAL
+from weightkit.durable import PARTIAL, STATE_DIR
 from weightkit.errors import PlanError, TargetError
 from weightkit.layouts import FileSet
 

@@ -8,11 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightkit.checkpoint.folder import LOCK_NAME, STATE_DIR
+from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import read_lock
 from weightkit.checkpoint.stamp import Stamp
-from weightkit.durable import PARTIAL, SLACK_BYTES
+from weightkit.durable import PARTIAL, SLACK_BYTES, STATE_DIR
 from weightkit.errors import FormatError, SpaceError, TargetError
 from weightkit.machine import available_memory_bytes, free_disk_bytes
 from weightkit.writer.journal import JOURNAL_NAME, Progress, read_history
