@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint clean
 demo: $(VENV)/.package
 	$(RUN)/weightkit demo
 
