@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from weightkit.checkpoint.checkpoint import Checkpoint
 from weightkit.checkpoint.header import Entry, Header, build_header, read_header
 from weightkit.checkpoint.index import INDEX_NAME, Index, read_index
-from weightkit.checkpoint.tensors import Cast, Concat, Dequantized, LazyTensor, Narrow, Stored
+from weightkit.checkpoint.tensors import Cast, Concat, Dequantized, GroupDequantized, LazyTensor, Narrow, Stored
 
 if TYPE_CHECKING:
     from weightkit.checkpoint.reading import Reader
@@ -22,6 +22,7 @@ __all__ = [
     "Concat",
     "Dequantized",
     "Entry",
+    "GroupDequantized",
     "Header",
     "Index",
     "LazyTensor",

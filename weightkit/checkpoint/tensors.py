@@ -1,21 +1,23 @@
 """Lazy tensors: what a tensor is and how to come by its bytes. Building one reads nothing.
 
-    Stored        bytes of a file
-    Narrow        a range of one dimension of another
-    Concat        several, joined along a dimension
-    Dequantized   an FP8 weight times its block scales, in a float dtype
-    Cast          another, in another float dtype
+    Stored            bytes of a file
+    Narrow            a range of one dimension of another
+    Concat            several, joined along a dimension
+    Dequantized       an FP8 weight times its block scales, in a float dtype
+    GroupDequantized  a GPTQ weight of 4 or 8 bits, from its four tensors, in a float dtype
+    Cast              another, in another float dtype
+    Promised          what is made elsewhere while it is written
 
-``narrow``, ``concat``, ``dequantize`` and ``cast_to`` build them in a normal form, so that equal contents compare
-equal: a narrow along dimension 0 of a stored tensor is a shorter stored tensor; neighbours join again; a dequantized
-tensor is narrowed by narrowing weight and scale. A tensor without Dequantized or Cast inside is *plain*: it is only
-bytes, and ``weightkit.checkpoint.copies`` says which.
+``narrow``, ``concat``, ``dequantize``, ``dequantize_groups`` and ``cast_to`` build them in a normal form, so that equal
+contents compare equal: a narrow along dimension 0 of a stored tensor is a shorter stored tensor; neighbours join again;
+a dequantized tensor is narrowed by narrowing what it is made from. A tensor with nothing to compute inside is *plain*:
+it is only bytes, and ``weightkit.checkpoint.copies`` says which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
 
@@ -24,6 +26,8 @@ from weightkit.errors import ScaleError
 
 #: Rows and columns of an FP8 weight that share a scale, in every member of the family.
 FP8_BLOCK = 128
+#: Widths of a GPTQ code that pack into words of 32 bits without crossing from one to the next, and are in use.
+GROUP_BITS = (4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,40 @@ class Dequantized:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupDequantized:
+    """A GPTQ weight [N, K] = [out, in]: ``(code - zero) * float32(scales[g_idx[k], n])``, rounded once to ``dtype``.
+
+    GPTQ stores the transpose. A word of 32 bits holds ``32 // bits`` codes, the first in its lowest bits: ``qweight``
+    packs neighbours along K, ``qzeros`` along N, so N and K are multiples of that. A zero is the stored one plus
+    ``zero_offset``, modulo ``2**bits``. ``g_idx`` counts from the first group that ``scales`` holds.
+
+    Attributes:
+        qweight: I32 [K * bits / 32, N].
+        qzeros: I32 [groups, N * bits / 32].
+        scales: F16 [groups, N].
+        g_idx: I32 [K], the group of each input.
+        bits: 4 or 8.
+        zero_offset: 1 where ``checkpoint_format`` is ``gptq`` (what AutoGPTQ writes), 0 for ``gptq_v2``.
+    """
+
+    qweight: LazyTensor
+    qzeros: LazyTensor
+    scales: LazyTensor
+    g_idx: LazyTensor
+    bits: int
+    zero_offset: int
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.scales.shape[1], self.g_idx.shape[0])
+
+    @property
+    def codes_per_word(self) -> int:
+        return 32 // self.bits
+
+
+@dataclass(frozen=True, slots=True)
 class Cast:
     """``source`` rounded to nearest even in ``dtype``."""
 
@@ -98,7 +136,19 @@ class Cast:
         return self.source.shape
 
 
-LazyTensor: TypeAlias = Stored | Narrow | Concat | Dequantized | Cast
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """Bytes that whoever asked for the write delivers while it runs, such as the result of a quantization.
+
+    ``recipe`` says how they are made, settings and calibration included: equal recipes make equal bytes.
+    """
+
+    recipe: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+LazyTensor: TypeAlias = Stored | Narrow | Concat | Dequantized | GroupDequantized | Cast | Promised
 
 
 def size_bytes(tensor: LazyTensor) -> int:
@@ -132,6 +182,9 @@ def stored_parts(tensor: LazyTensor) -> Iterator[Stored]:
         case Dequantized(weight=weight, scale=scale):
             yield from stored_parts(weight)
             yield from stored_parts(scale)
+        case GroupDequantized(qweight, qzeros, scales, g_idx):
+            for part in (qweight, qzeros, scales, g_idx):
+                yield from stored_parts(part)
 
 
 def narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
@@ -153,6 +206,8 @@ def narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
             return _narrow_concat(parts, inner, dim, start, length)
         case Dequantized():
             return _narrow_dequantized(tensor, dim, start, length)
+        case GroupDequantized():
+            return _narrow_groups(tensor, dim, start, length)
         case Cast(source, dtype):
             return Cast(narrow(source, dim, start, length), dtype)
     return Narrow(tensor, dim, start, length)
@@ -170,6 +225,29 @@ def _narrow_dequantized(tensor: Dequantized, dim: int, start: int, length: int) 
     weight, scale = narrow(tensor.weight, dim, low, high - low), narrow(tensor.scale, dim, low // FP8_BLOCK, blocks)
     covering = Dequantized(weight, scale, tensor.dtype)
     return covering if low == start else Narrow(covering, dim, start - low, length)
+
+
+def _narrow_groups(tensor: GroupDequantized, dim: int, start: int, length: int) -> LazyTensor:
+    """Whole words by narrowing what they lie in; what begins or ends inside a word is cut from the words that cover it.
+
+    Along K scales and zeros stay whole, since ``g_idx`` may name any group.
+    """
+    per_word, size = tensor.codes_per_word, tensor.shape[dim]
+    first, last = start // per_word, -(-(start + length) // per_word)
+    low, count = first * per_word, (last - first) * per_word
+    if (low, count) != (start, length):
+        covering = tensor if count == size else _narrow_groups(tensor, dim, low, count)
+        return Narrow(covering, dim, start - low, length)
+    if dim == 0:
+        return replace(
+            tensor,
+            qweight=narrow(tensor.qweight, 1, low, count),
+            qzeros=narrow(tensor.qzeros, 1, first, last - first),
+            scales=narrow(tensor.scales, 1, low, count),
+        )
+    return replace(
+        tensor, qweight=narrow(tensor.qweight, 0, first, last - first), g_idx=narrow(tensor.g_idx, 0, low, count)
+    )
 
 
 def _narrow_concat(parts: tuple[LazyTensor, ...], joined: int, dim: int, start: int, length: int) -> LazyTensor:
@@ -227,8 +305,57 @@ def _join(left: LazyTensor, right: LazyTensor, dim: int) -> LazyTensor | None:
         case Dequantized(), Dequantized() if left.dtype == right.dtype and left.shape[dim] % FP8_BLOCK == 0:
             weight = concat([left.weight, right.weight], dim)
             return Dequantized(weight, concat([left.scale, right.scale], dim), left.dtype)
+        case GroupDequantized() | Narrow(), GroupDequantized() | Narrow():
+            return _join_groups(left, right, dim)
         case Cast(), Cast() if left.dtype == right.dtype and left.source.dtype == right.source.dtype:
             return Cast(concat([left.source, right.source], dim), left.dtype)
+    return None
+
+
+def _join_groups(left: LazyTensor, right: LazyTensor, dim: int) -> LazyTensor | None:
+    """Neighbours may meet between words, or inside a word that both were cut from."""
+    before, after = _cut_from_groups(left, dim), _cut_from_groups(right, dim)
+    if before is None or after is None:
+        return None
+    (source, start, length), (rest, skipped, more) = before, after
+    size, per_word = source.shape[dim], source.codes_per_word
+    unused = size - start - length + skipped
+    if unused == 0:
+        whole = _join_words(source, rest, dim)
+        return None if whole is None else narrow(whole, dim, start, length + more)
+    shared = unused == per_word and narrow(source, dim, size - per_word, per_word) == narrow(rest, dim, 0, per_word)
+    if not shared:
+        return None
+    others = narrow(rest, dim, per_word, rest.shape[dim] - per_word)
+    whole = _join_words(source, others, dim) if isinstance(others, GroupDequantized) else None
+    return None if whole is None else narrow(whole, dim, start, length + more)
+
+
+def _cut_from_groups(tensor: LazyTensor, dim: int) -> tuple[GroupDequantized, int, int] | None:
+    """The whole words, and which part of them along ``dim`` the tensor is."""
+    match tensor:
+        case GroupDequantized():
+            return tensor, 0, tensor.shape[dim]
+        case Narrow(GroupDequantized() as source, inner, start, length) if inner == dim:
+            return source, start, length
+    return None
+
+
+def _join_words(left: GroupDequantized, right: GroupDequantized, dim: int) -> GroupDequantized | None:
+    """Outputs of modules with one ``g_idx``, or inputs of modules with the same scales and zeros."""
+    if (left.bits, left.zero_offset, left.dtype) != (right.bits, right.zero_offset, right.dtype):
+        return None
+    if dim == 0 and left.g_idx == right.g_idx and left.scales.shape[0] == right.scales.shape[0]:
+        return replace(
+            left,
+            qweight=concat([left.qweight, right.qweight], 1),
+            qzeros=concat([left.qzeros, right.qzeros], 1),
+            scales=concat([left.scales, right.scales], 1),
+        )
+    if dim == 1 and (left.scales, left.qzeros) == (right.scales, right.qzeros):
+        return replace(
+            left, qweight=concat([left.qweight, right.qweight], 0), g_idx=concat([left.g_idx, right.g_idx], 0)
+        )
     return None
 
 
@@ -243,6 +370,49 @@ def dequantize(weight: LazyTensor, scale: LazyTensor, dtype: str, *, name: str) 
             found=f"{scale.dtype} {list(scale.shape)}",
         )
     return Dequantized(weight, scale, dtype)
+
+
+def dequantize_groups(
+    qweight: LazyTensor,
+    qzeros: LazyTensor,
+    scales: LazyTensor,
+    g_idx: LazyTensor,
+    *,
+    bits: int,
+    zero_offset: int,
+    dtype: str,
+    name: str,
+) -> LazyTensor:
+    """The weight of the GPTQ module ``name`` in ``dtype``; see :class:`GroupDequantized`.
+
+    Raises:
+        ScaleError: naming the module, where the four tensors do not fit each other.
+    """
+    if bits not in GROUP_BITS or zero_offset not in (0, 1):
+        raise ScaleError(
+            "no such GPTQ format",
+            where=name,
+            expected="4 or 8 bits, zeros stored plain or less one",
+            found=f"{bits} bits, zeros less {zero_offset}",
+        )
+    words, columns = qweight.shape if len(qweight.shape) == 2 else (0, 0)
+    per_word = 32 // bits
+    groups = scales.shape[0] if scales.shape else 0
+    expected = {
+        "qweight": ("I32", (words, columns // per_word * per_word)),
+        "qzeros": ("I32", (max(1, groups), columns // per_word)),
+        "scales": ("F16", (max(1, groups), columns)),
+        "g_idx": ("I32", (words * per_word,)),
+    }
+    for part, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", g_idx)):
+        if (tensor.dtype, tensor.shape) != expected[part]:
+            raise ScaleError(
+                f"{part} does not fit a GPTQ weight of {words * per_word} inputs, {columns} outputs and {bits} bits",
+                where=name,
+                expected=f"{expected[part][0]} {list(expected[part][1])}",
+                found=f"{tensor.dtype} {list(tensor.shape)}",
+            )
+    return GroupDequantized(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype)
 
 
 def cast_to(tensor: LazyTensor, dtype: str) -> LazyTensor:

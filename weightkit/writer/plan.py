@@ -17,8 +17,10 @@ from weightkit.checkpoint.tensors import (
     Cast,
     Concat,
     Dequantized,
+    GroupDequantized,
     LazyTensor,
     Narrow,
+    Promised,
     Stored,
     is_plain,
     size_bytes,
@@ -119,8 +121,13 @@ def describe(tensor: LazyTensor, paths: Mapping[str, str]) -> list[object]:
             return ["concat", [describe(part, paths) for part in parts], dim]
         case Dequantized(weight, scale, dtype):
             return ["dequantized", describe(weight, paths), describe(scale, paths), dtype]
+        case GroupDequantized(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype):
+            stored = [describe(part, paths) for part in (qweight, qzeros, scales, g_idx)]
+            return ["group dequantized", stored, bits, zero_offset, dtype]
         case Cast(source, dtype):
             return ["cast", describe(source, paths), dtype]
+        case Promised(recipe, dtype, shape):
+            return ["promised", recipe, dtype, list(shape)]
 
 
 def make_plan(files: FileSet, target: str | Path) -> Plan:
