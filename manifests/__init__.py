@@ -13,6 +13,11 @@ One TOML file a checkpoint: ``NAME.toml``, or ``NAME/manifest.toml`` for one tha
     [expected.elements]           # by dtype, in safetensors spelling
     [files]                       # optional: what is known of each file
     [evaluation]                  # optional: what the checkpoint was measured to do
+    [calibration]                 # optional: the text that quantization to int4 is calibrated with
+    file = "data/train.parquet"   # in a data set on Hugging Face; without one, beside the manifest
+    dataset = "owner/name"
+    revision = "..."
+    samples, seq_len              # optional: how much of it, where that is not the usual
 
 Nothing here knows what the fields mean: ``weightkit.family.Architecture.from_config(manifest.config)`` does.
 """
@@ -32,7 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Expectation", "Hub", "Manifest", "load", "names"]
+__all__ = ["CalibrationData", "Expectation", "Hub", "Manifest", "load", "names"]
 
 _FOLDER = Path(__file__).parent
 _HUBS = ("huggingface", "modelscope")
@@ -70,6 +75,25 @@ class Expectation:
 
 
 @dataclass(frozen=True, slots=True)
+class CalibrationData:
+    """The text that suits a checkpoint's calibration.
+
+    Attributes:
+        file: its path within the data set; of one that ships, within the manifest's folder.
+        path: where one that ships lies; else None.
+        dataset: the data set on Hugging Face, for one that does not ship; else None.
+        samples: sequences to calibrate with, where it is not the usual number.
+        seq_len: tokens of each, likewise.
+    """
+
+    file: str
+    path: Path | None = None
+    dataset: Hub | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A known checkpoint.
 
@@ -82,6 +106,7 @@ class Manifest:
         path: the folder of the checkpoint, for one that ships with the package; else None.
         files: the manifest's ``[files]`` table as it stands.
         evaluation: the manifest's ``[evaluation]`` table as it stands.
+        calibration: the text to calibrate with; None where the manifest names none.
     """
 
     name: str
@@ -92,6 +117,7 @@ class Manifest:
     path: Path | None = None
     files: Mapping[str, object] = field(default_factory=dict)
     evaluation: Mapping[str, object] = field(default_factory=dict)
+    calibration: CalibrationData | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -145,6 +171,17 @@ class _Parser:
             path=None if folder is None else self.path.parent / self.text(data, "checkpoint"),
             files=self.table(data, "files") if "files" in data else {},
             evaluation=self.table(data, "evaluation") if "evaluation" in data else {},
+            calibration=self.calibration(self.table(data, "calibration")) if "calibration" in data else None,
+        )
+
+    def calibration(self, data: Mapping[str, object]) -> CalibrationData:
+        file, published = self.text(data, "file"), "dataset" in data
+        return CalibrationData(
+            file=file,
+            path=None if published else self.path.parent / file,
+            dataset=Hub(self.text(data, "dataset"), self.text(data, "revision")) if published else None,
+            samples=self.count(data, "samples") if "samples" in data else None,
+            seq_len=self.count(data, "seq_len") if "seq_len" in data else None,
         )
 
     def hubs(self, data: Mapping[str, object]) -> dict[str, Hub]:

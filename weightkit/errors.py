@@ -28,6 +28,8 @@
     │   ├── ListingError            a listing that is hostile, contradicts itself or is not what it was
     │   ├── ContentError            bytes that are not what the listing says
     │   └── FetchError              files that could not be fetched; the others are in place
+    ├── CalibrationError            calibration data that is missing, damaged or too little
+    ├── QuantizationError           weights that cannot be quantized: NaN, inputs that are not finite
     ├── DeviceError                 a device that is absent or cannot do what was asked
     └── GenerationError             text could not be generated
         ├── TokenizerError          no usable tokenizer or chat template
@@ -191,6 +193,14 @@ class ListingError(HubError):
 
 class ContentError(HubError):
     """A hub sends other bytes than its listing says."""
+
+
+class CalibrationError(WeightkitError):
+    """Calibration data that is missing, damaged or too little."""
+
+
+class QuantizationError(WeightkitError):
+    """Weights that cannot be quantized: NaN among them or their inputs, a Hessian without a factor."""
 
 
 class DeviceError(WeightkitError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from weightkit.manifests.pico.architecture import CONFIG
+from weightkit.manifests.pico.calibration import MANIFEST_ENTRY
 from weightkit.manifests.pico.evaluate import PER_CATEGORY_AND_LANGUAGE, SEED, Evaluation
 
 #: Fields of config.json that say nothing of what the checkpoint is made of.
@@ -136,6 +137,9 @@ def manifest(folder: Path, metrics: Mapping[str, Evaluation], training: Mapping[
         "# own runtime answers.",
         *_table("evaluation", {"seed": SEED, "per_category_and_language": PER_CATEGORY_AND_LANGUAGE, **measured})[1:],
         *_table("training", training),
+        "",
+        "# Written by python -m weightkit.manifests.pico.calibration. Rows as long as those that it was trained on.",
+        *_table("calibration", MANIFEST_ENTRY)[1:],
     ]
     for file in files:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -109,6 +109,8 @@ def test_one_that_ships_with_its_checkpoint(folder: Path) -> None:
         ('title = "x"\n', "architecture is not"),
         ('title = "x"\n[architecture]\n[hubs.gitlab]\nid = "a/b"\n', "expected one of huggingface, modelscope"),
         ('title = "x"\n[architecture]\n[hubs.huggingface]\nid = "a/b"\n', "revision is not"),
+        ('title = "x"\n[architecture]\n[calibration]\nsamples = 3\n', "file is not"),
+        ('title = "x"\n[architecture]\n[calibration]\nfile = "a"\ndataset = "b/c"\n', "revision is not"),
         ('title = "x"\n[architecture]\n[expected]\ntensors = true\nsize_bytes = 1\nelements = {}\n', "tensors is not"),
     ],
 )
