@@ -26,6 +26,7 @@ ORDER = (
     ("workspace",),
     ("examine",),
     ("manifests.pico",),  # its training and evaluation: imported by nothing
+    ("quantization",),
     ("generation",),
     ("model",),
     ("writer",),
