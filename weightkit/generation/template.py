@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from weightkit.errors import TokenizerError
 
 if TYPE_CHECKING:
+    import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -28,7 +30,7 @@ def render_template(source: str, variables: Mapping[str, Any], *, where: object)
 
     try:
         # templates test these two for truth; that they are absent would be an error in some
-        return _environment().from_string(source).render({"tools": None, "documents": None, **variables})
+        return _compiled(source).render({"tools": None, "documents": None, **variables})
     except jinja2.TemplateSyntaxError as exc:
         raise TokenizerError(
             f"the chat template does not parse (line {exc.lineno}: {exc.message})", where=where
@@ -44,6 +46,12 @@ def render_template(source: str, variables: Mapping[str, Any], *, where: object)
     ) as exc:
         what = f"the chat template refused these messages ({exc or type(exc).__name__})"
         raise TokenizerError(what, where=where, fix="Check the messages' roles and order.") from exc
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    """A template ready to render: compiling takes longer than a short conversation, and there may be thousands."""
+    return _environment().from_string(source)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
