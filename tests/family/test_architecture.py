@@ -129,12 +129,12 @@ def test_anything_else_is_refused_by_name(model_type: object) -> None:
 
 
 def test_other_quantization_is_recognised_but_has_no_blueprint() -> None:
-    arch = Architecture.from_config({**V3, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    arch = Architecture.from_config({**V3, "quantization_config": {"quant_method": "awq", "bits": 4}})
     assert arch.quantization is not None
-    assert (arch.quantization.method, arch.quantization.raw["bits"]) == ("gptq", 4)
+    assert (arch.quantization.method, arch.quantization.raw["bits"]) == ("awq", 4)
     assert not arch.is_fp8
     assert arch.block_size is None
-    with pytest.raises(UnsupportedError, match="found gptq"):
+    with pytest.raises(UnsupportedError, match="found awq"):
         blueprint(arch)
 
 

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from weightkit.errors import ConfigError, UnsupportedError
-
-FP8_BLOCK_SIZE = (128, 128)
-"""Rows and columns of a weight that share one scale, in every published FP8 member."""
+from weightkit.family.quantization import Quantization, read_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,34 +45,6 @@ _V4_REASON = (
     "its experts as FP4 in I8, none of which weightkit reads"
 )
 _DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """``quantization_config`` of a ``config.json``.
-
-    Attributes:
-        method: ``quant_method`` as published: ``fp8``, ``gptq``, ``compressed-tensors``...
-        block_size: rows and columns that share a scale; None unless the method is ``fp8``.
-        scale_fmt: ``ue8m0`` where the scales are powers of two (V3.1 on), still stored as F32; else None.
-        modules_to_not_convert: modules that keep the unquantized dtype, by the paths the config gives.
-        raw: the dictionary as it stands in the config.
-    """
-
-    method: str
-    block_size: tuple[int, int] | None = None
-    scale_fmt: str | None = None
-    modules_to_not_convert: tuple[str, ...] = ()
-    raw: Mapping[str, object] = field(default_factory=dict, hash=False, compare=False, repr=False)
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether weights are F8_E4M3 with a ``weight_scale_inv`` for each block."""
-        return self.method == "fp8"
-
-
-FP8 = Quantization("fp8", FP8_BLOCK_SIZE)
-"""The quantization of DeepSeek-V3 as published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +110,11 @@ class Architecture:
             where: what to call it in errors.
 
         Raises:
-            UnsupportedError: another architecture, named with what is supported.
+            UnsupportedError: another architecture, named with what is supported; a variant of GPTQ that is not read.
             ConfigError: fields missing, of a wrong type or impossible; all of them in one message.
         """
         member = _identify(config, where)
-        reader = _Reader(config)
+        reader = _Reader(config, where)
         architecture = _read(cls, reader, member)
         if architecture is None or reader.problems:
             raise _config_error(reader.problems, where)
@@ -160,6 +130,11 @@ class Architecture:
     def is_fp8(self) -> bool:
         """Whether the checkpoint's linear weights are F8_E4M3 with block scales."""
         return self.quantization is not None and self.quantization.is_fp8
+
+    @property
+    def is_gptq(self) -> bool:
+        """Whether linear weights are GPTQ codes packed in I32 words."""
+        return self.quantization is not None and self.quantization.is_gptq
 
     @property
     def has_router_bias(self) -> bool:
@@ -229,8 +204,9 @@ def _short(value: float) -> str:
 class _Reader:
     """Takes typed fields out of a config and keeps every problem, so that one run reports them all."""
 
-    def __init__(self, config: Mapping[str, object]) -> None:
+    def __init__(self, config: Mapping[str, object], where: str) -> None:
         self.config = config
+        self.where = where
         self.problems: list[str] = []
 
     def _get(self, key: str, default: object) -> object:
@@ -366,39 +342,7 @@ def _rope(reader: _Reader) -> tuple[float, Mapping[str, object] | None]:
 
 def _quantization(reader: _Reader) -> Quantization | None:
     raw = reader.mapping("quantization_config")
-    if raw is None:
-        return None
-    method = raw.get("quant_method")
-    if not isinstance(method, str):
-        reader.problems.append(f"quantization_config.quant_method: expected a string, found {method!r}")
-        return None
-    if method != "fp8":
-        return Quantization(method, raw=raw)
-    _check_fp8(reader, raw)
-    scale_fmt = raw.get("scale_fmt")
-    kept = raw.get("modules_to_not_convert")
-    return Quantization(
-        method,
-        block_size=FP8_BLOCK_SIZE,
-        scale_fmt=scale_fmt if isinstance(scale_fmt, str) else None,
-        modules_to_not_convert=tuple(str(module) for module in kept) if isinstance(kept, list) else (),
-        raw=raw,
-    )
-
-
-def _check_fp8(reader: _Reader, raw: Mapping[str, object]) -> None:
-    """Only E4M3 in blocks of 128 x 128: the format that weightkit computes with."""
-    block = raw.get("weight_block_size")
-    if block != list(FP8_BLOCK_SIZE):
-        reader.problems.append(
-            f"quantization_config.weight_block_size: expected {list(FP8_BLOCK_SIZE)}, found {block!r}"
-        )
-    fmt = raw.get("fmt", "e4m3")
-    if fmt not in ("e4m3", "float8_e4m3fn"):
-        reader.problems.append(f"quantization_config.fmt: expected 'e4m3', found {fmt!r}")
-    scale_fmt = raw.get("scale_fmt")
-    if scale_fmt not in (None, "ue8m0"):
-        reader.problems.append(f"quantization_config.scale_fmt: expected 'ue8m0' or none, found {scale_fmt!r}")
+    return None if raw is None else read_quantization(raw, reader.problems, where=reader.where)
 
 
 def _indexer_layers(reader: _Reader, layers: int) -> frozenset[int]:

@@ -20,7 +20,7 @@ What is known of each member beyond V3, against the element counts that the Hugg
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import pairwise
 from math import prod
@@ -28,8 +28,9 @@ from typing import NamedTuple
 
 from weightkit.errors import UnsupportedError
 from weightkit.family.architecture import Architecture
+from weightkit.family.quantization import FP8, Quantization
 
-DTYPE_SIZE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4}
+DTYPE_SIZE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4}
 """Size of an element of each dtype that a blueprint names."""
 
 
@@ -62,14 +63,16 @@ class Expected:
             ``Role.MTP`` is for what only an MTP layer has. See ``component``.
         layer: its layer, None outside the layers.
         expert: the routed expert it belongs to, else None.
-        scale_name: of an FP8 weight, the tensor with its block scales.
-        weight_name: of a scale tensor, its FP8 weight.
+        scale_name: of an FP8 weight, the tensor with its block scales; of a GPTQ ``qweight``, its ``scales``.
+        weight_name: of a scale tensor, its FP8 weight; of ``qzeros``, ``scales`` and ``g_idx``, their ``qweight``.
         split_dim: the dimension that model parallelism divides; None: whole on every rank, or, where ``expert`` is
-            set, whole on the one rank that owns the expert. A scale splits as its weight does.
+            set, whole on the one rank that owns the expert. A scale splits as its weight does. A rank's part of
+            ``g_idx`` keeps the group numbers of the whole.
         optional: a checkpoint without it is complete, and its shape may differ (``rotary_emb.inv_freq``, which
             follows from the config and which nobody reads).
         mtp: whether it belongs to an MTP layer.
         other_dtypes: dtypes that are as good as ``dtype``, where what is published is not certain.
+        codes_per_word: of a GPTQ ``qweight``, the weights that an element holds; 1 of any other tensor.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Expected:
     optional: bool = False
     mtp: bool = False
     other_dtypes: tuple[str, ...] = ()
+    codes_per_word: int = 1
 
     def allows(self, dtype: str) -> bool:
         """Whether a checkpoint may store it in ``dtype``."""
@@ -93,6 +97,13 @@ class Expected:
     def elements(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """The model's weights that it stands for: none for what belongs to a quantized weight, nor for ``inv_freq``."""
+        if self.weight_name is not None or self.role is Role.ROTARY:
+            return 0
+        return prod(self.shape) * self.codes_per_word
 
     @property
     def size_bytes(self) -> int:
@@ -141,8 +152,13 @@ def totals(records: Iterable[Expected]) -> Totals:
 def blueprint(arch: Architecture) -> dict[str, Expected]:
     """Every expected tensor by its published name, in the model's order: embedding, layers, norm, head, MTP layers.
 
+    An FP8 weight ``NAME.weight`` is followed by ``NAME.weight_scale_inv``. In place of a weight [N, K] that GPTQ
+    quantized stand ``NAME.qweight`` (I32 [K * bits / 32, N]), ``NAME.qzeros`` (I32 [groups, N * bits / 32]),
+    ``NAME.scales`` (F16 [groups, N]) and ``NAME.g_idx`` (I32 [K]).
+
     Raises:
-        UnsupportedError: the checkpoint is quantized by a method whose tensors weightkit does not know.
+        UnsupportedError: the checkpoint is quantized by a method whose tensors weightkit does not know, or by GPTQ
+            although a weight's rows or columns fill no whole words.
     """
     _require_known_quantization(arch)
     embedding, *after = outer_records(arch)
@@ -178,6 +194,17 @@ def expert_of(name: str) -> int | None:
     return None
 
 
+def quantizable_modules(arch: Architecture, layer: int) -> dict[str, tuple[int, int]]:
+    """The linear layers of a layer that a quantization may quantize, those that are F8_E4M3 in the FP8 form, by module
+    (``model.layers.3.mlp.experts.0.up_proj``), with rows and columns of the weight ``[out, in]``."""
+    records = layer_records(replace(arch, quantization=FP8), layer)
+    return {
+        record.name.removesuffix(".weight"): (record.shape[0], record.shape[1])
+        for record in records
+        if record.scale_name is not None
+    }
+
+
 def is_mtp(name: str, arch: Architecture) -> bool:
     """Whether a tensor belongs to an MTP layer: one at or past ``num_hidden_layers``."""
     layer = layer_of(name)
@@ -192,7 +219,7 @@ class _Template(NamedTuple):
     role: Role
     split_dim: int | None = None
     expert: int | None = None
-    quantized: bool = False  # F8_E4M3 with a scale in the FP8 form
+    quantized: bool = False  # F8_E4M3 with a scale in the FP8 form, codes in words in the GPTQ form
     dtype: str | None = None  # None: the checkpoint's unquantized dtype
     optional: bool = False
     other_dtypes: tuple[str, ...] = ()
@@ -219,28 +246,72 @@ def layer_records(arch: Architecture, layer: int) -> Iterator[Expected]:
 
 
 def _expand(arch: Architecture, templates: Iterable[_Template], layer: int, *, mtp: bool) -> Iterator[Expected]:
-    """Records of a layer from templates; an FP8 weight is followed by its scale."""
+    """Records of a layer from templates; a quantized weight is followed by what belongs to it."""
     prefix = f"model.layers.{layer}."
-    block = arch.block_size
-    for suffix, shape, role, split_dim, expert, quantized, dtype, optional, others in templates:
+    quantization = arch.quantization
+    for template in templates:
+        suffix, shape, role, split_dim, expert, quantized, dtype, optional, others = template
         name = prefix + suffix
-        if block is None or not quantized or _kept(arch, name):
-            dtype = dtype or arch.dtype
-            yield Expected(name, dtype, shape, role, layer, expert, None, None, split_dim, optional, mtp, others)
-            continue
-        scale = f"{name}_scale_inv"
-        yield Expected(name, "F8_E4M3", shape, role, layer, expert, scale, None, split_dim, optional, mtp)
-        blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-        yield Expected(scale, "F32", blocks, role, layer, expert, None, name, split_dim, optional, mtp)
+        if quantized and quantization is not None and quantization.quantizes(name.removesuffix(".weight")):
+            if quantization.is_gptq:
+                yield from _gptq_records(quantization, name, template, layer, mtp=mtp)
+                continue
+            if quantization.block_size is not None:
+                yield from _fp8_records(quantization.block_size, name, template, layer, mtp=mtp)
+                continue
+        yield Expected(
+            name, dtype or arch.dtype, shape, role, layer, expert, None, None, split_dim, optional, mtp, others
+        )
 
 
-def _kept(arch: Architecture, name: str) -> bool:
-    """Whether ``modules_to_not_convert`` keeps this weight's module, or one around it, unquantized."""
-    kept = arch.quantization.modules_to_not_convert if arch.quantization else ()
-    if not kept:
-        return False
-    module = name.rpartition(".")[0]
-    return any(module == path or module.startswith(f"{path}.") for path in kept)
+def _fp8_records(
+    block: tuple[int, int], name: str, template: _Template, layer: int, *, mtp: bool
+) -> Iterator[Expected]:
+    shape, role, split_dim, expert = template.shape, template.role, template.split_dim, template.expert
+    scale = f"{name}_scale_inv"
+    yield Expected(name, "F8_E4M3", shape, role, layer, expert, scale, None, split_dim, template.optional, mtp)
+    blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    yield Expected(scale, "F32", blocks, role, layer, expert, None, name, split_dim, template.optional, mtp)
+
+
+def _gptq_records(
+    quantization: Quantization, name: str, template: _Template, layer: int, *, mtp: bool
+) -> Iterator[Expected]:
+    """GPTQ stores the transpose: rows of the weight are columns here. One group for all of K belongs to every rank."""
+    rows, columns = template.shape
+    words, role, expert = quantization.codes_per_word, template.role, template.expert
+    if rows % words or columns % words:
+        raise UnsupportedError(
+            "a weight whose rows or columns fill no whole words cannot be stored as GPTQ",
+            where=name,
+            expected=f"multiples of {words}",
+            found=list(template.shape),
+            fix="Check that config.json belongs to this checkpoint.",
+        )
+    groups, module = quantization.groups(columns), name.removesuffix(".weight")
+    across = {None: None, 0: 1, 1: 0}[template.split_dim]
+    per_group = None if across == 0 and quantization.group_size == -1 else across
+    along = 0 if across == 0 else None
+    qweight, scales = f"{module}.qweight", f"{module}.scales"
+    yield Expected(
+        qweight,
+        "I32",
+        (columns // words, rows),
+        role,
+        layer,
+        expert,
+        scales,
+        None,
+        across,
+        mtp=mtp,
+        codes_per_word=words,
+    )
+    for leaf, dtype, shape, split_dim in (
+        ("qzeros", "I32", (groups, rows // words), per_group),
+        ("scales", "F16", (groups, rows), per_group),
+        ("g_idx", "I32", (columns,), along),
+    ):
+        yield Expected(f"{module}.{leaf}", dtype, shape, role, layer, expert, None, qweight, split_dim, mtp=mtp)
 
 
 def _attention_templates(arch: Architecture, layer: int) -> list[_Template]:
@@ -352,11 +423,11 @@ def _mtp_templates(arch: Architecture) -> list[_Template]:
 
 
 def _require_known_quantization(arch: Architecture) -> None:
-    if arch.quantization is not None and not arch.quantization.is_fp8:
+    if arch.quantization is not None and not (arch.is_fp8 or arch.is_gptq):
         raise UnsupportedError(
             "the tensors of this quantization are not known",
             where="quantization_config.quant_method",
-            expected="fp8, or no quantization_config",
+            expected="fp8, gptq, or no quantization_config",
             found=arch.quantization.method,
             fix="Use the FP8 or BF16 repository of this model.",
         )

@@ -2,7 +2,9 @@
 
 Model parallelism (``--mp``) divides the dimension that the blueprint names; what has no such dimension is whole on
 every rank, and routed experts go whole to one rank each. In FP8 a rank's slice must begin on a block, or its scales
-would cover rows of its neighbour: 18432 rows are 144 blocks, so 32 ranks would cut one in half.
+would cover rows of its neighbour: 18432 rows are 144 blocks, so 32 ranks would cut one in half. In GPTQ it must begin
+on a word of codes along the rows, and on a group along the columns; the numbers in its part of ``g_idx`` stay those of
+the whole, so that split and merge only move bytes.
 """
 
 from __future__ import annotations
@@ -12,8 +14,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from weightkit.errors import PlanError
-from weightkit.family.architecture import FP8, Architecture
+from weightkit.family.architecture import Architecture
 from weightkit.family.blueprint import Expected, layer_records, outer_records
+from weightkit.family.quantization import FP8, Quantization
+
+MARLIN_COLUMNS = 64
+"""Columns of an expert that vLLM's Marlin kernel takes together; see ``tp_problems``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +38,14 @@ class DegreeProblem:
         return f"{self.where}: {self.what}."
 
 
-def mp_problems(arch: Architecture, n: int, *, fp8: bool) -> list[DegreeProblem]:
+def mp_problems(arch: Architecture, n: int, *, fp8: bool, gptq: bool = False) -> list[DegreeProblem]:
     """What forbids model parallelism over ``n`` ranks; empty where it is legal.
 
     Args:
-        arch: the architecture; its own quantization does not matter.
+        arch: the architecture; its own quantization matters only for ``gptq``.
         n: number of ranks, at least 1. One rank is always legal: nothing is cut.
         fp8: whether the output keeps F8_E4M3 weights with block scales.
+        gptq: whether the output keeps the GPTQ tensors that the architecture's quantization describes.
 
     Returns:
         One problem for each kind of tensor and width, in the model's order, not one for each of its 91,991 tensors.
@@ -52,32 +59,71 @@ def mp_problems(arch: Architecture, n: int, *, fp8: bool) -> list[DegreeProblem]
         problems.append(_uneven("num_attention_heads", f"{arch.num_attention_heads} attention heads", n))
     if arch.n_routed_experts % n:
         problems.append(_uneven("n_routed_experts", f"{arch.n_routed_experts} routed experts", n))
-    return [*problems, *_split_problems(arch, n, fp8=fp8)]
+    return [*problems, *_split_problems(_in_form(arch, fp8=fp8, gptq=gptq), n)]
 
 
-def legal_mp(arch: Architecture, *, fp8: bool) -> tuple[int, ...]:
-    """Every legal number of ranks, ascending. For DeepSeek-V3: 1 to 16 in FP8, 1 to 128 in BF16, powers of two."""
+def legal_mp(arch: Architecture, *, fp8: bool, gptq: bool = False) -> tuple[int, ...]:
+    """Every legal number of ranks, ascending. For DeepSeek-V3: 1 to 16 in FP8 and in int4 with groups of 128, 1 to 128
+    in BF16, powers of two."""
     heads = arch.num_attention_heads
     candidates = (n for n in range(1, heads + 1) if heads % n == 0)
-    return tuple(n for n in candidates if not mp_problems(arch, n, fp8=fp8))
+    return tuple(n for n in candidates if not mp_problems(arch, n, fp8=fp8, gptq=gptq))
 
 
-def require_mp(arch: Architecture, n: int, *, fp8: bool) -> None:
+def require_mp(arch: Architecture, n: int, *, fp8: bool, gptq: bool = False) -> None:
     """Refuse an illegal number of ranks.
 
     Raises:
         PlanError: with every reason and the legal numbers.
     """
-    problems = mp_problems(arch, n, fp8=fp8)
+    problems = mp_problems(arch, n, fp8=fp8, gptq=gptq)
     if not problems:
         return
-    legal = legal_mp(arch, fp8=fp8)
-    listing = ", ".join(map(str, legal))
-    fix = f"Legal --mp for this {'FP8' if fp8 else 'BF16'} checkpoint: {listing}. Use one of them"
-    if fp8 and n in legal_mp(arch, fp8=False):
+    form = "FP8" if fp8 else f"int{arch.quantization.bits}" if gptq and arch.quantization is not None else "BF16"
+    listing = ", ".join(map(str, legal_mp(arch, fp8=fp8, gptq=gptq)))
+    fix = f"Legal --mp for this {form} checkpoint: {listing}. Use one of them"
+    if form != "BF16" and n in legal_mp(arch, fp8=False):
         fix += ", or add --to bf16"
     what = "\n".join(str(problem) for problem in problems)
     raise PlanError(what, fix=f"{fix}.")
+
+
+def tp_problems(arch: Architecture, n: int) -> list[DegreeProblem]:
+    """What keeps an engine from loading a GPTQ checkpoint with tensor parallelism over ``n`` GPUs.
+
+    Engines cut routed experts too, which ``shard --mp`` does not: each GPU's part of an expert must be whole groups,
+    and whole tiles of 64 columns for vLLM's Marlin kernel (its 0.25.1: ``(moe_intermediate_size / tp) % max(64,
+    group_size) == 0``). Expert parallelism cuts none. An architecture that is not GPTQ has only its heads divided.
+    """
+    if n < 1:
+        return [DegreeProblem("--tp", f"{n} is not a number of GPUs")]
+    problems = []
+    if arch.num_attention_heads % n:
+        problems.append(_uneven("num_attention_heads", f"{arch.num_attention_heads} attention heads", n))
+    quantization = arch.quantization
+    if n == 1 or quantization is None or not quantization.is_gptq:
+        return problems
+    split = (problem for problem in _split_problems(arch, n) if problem.where.endswith(".qweight"))
+    return [*problems, *split, *_expert_problems(arch, quantization, n)]
+
+
+def legal_tp(arch: Architecture) -> tuple[int, ...]:
+    """Every number of GPUs without ``tp_problems``, ascending. For DeepSeek-V3 in int4 with groups of 128: 1 to 16."""
+    heads = arch.num_attention_heads
+    return tuple(n for n in range(1, heads + 1) if heads % n == 0 and not tp_problems(arch, n))
+
+
+def _expert_problems(arch: Architecture, quantization: Quantization, n: int) -> Iterator[DegreeProblem]:
+    unit = max(MARLIN_COLUMNS, quantization.group_size)
+    for layer in range(arch.num_hidden_layers):
+        if not arch.is_moe_layer(layer):
+            continue
+        name = f"model.layers.{layer}.mlp.experts.0.down_proj"
+        if quantization.quantizes(name) and arch.moe_intermediate_size % (unit * n):
+            size = arch.moe_intermediate_size
+            what = f"{size} columns of an expert (group size {quantization.group_size}) are not {n} times whole {unit}s"
+            yield DegreeProblem(f"{name}.qweight", what)
+            return
 
 
 def expert_ranges(n_experts: int, ranks: int) -> tuple[range, ...]:
@@ -117,16 +163,28 @@ def _uneven(where: str, things: str, n: int) -> DegreeProblem:
     return DegreeProblem(where, f"{things} cannot be split over {n} ranks")
 
 
-def _split_problems(arch: Architecture, n: int, *, fp8: bool) -> Iterator[DegreeProblem]:
-    block = FP8.block_size or (1, 1)
+def _in_form(arch: Architecture, *, fp8: bool, gptq: bool) -> Architecture:
+    """The architecture as FP8, as the GPTQ that it is, or unquantized."""
+    if fp8:
+        return replace(arch, quantization=FP8)
+    return arch if gptq and arch.is_gptq else replace(arch, quantization=None)
+
+
+def _split_problems(arch: Architecture, n: int) -> Iterator[DegreeProblem]:
+    block = arch.block_size or (1, 1)
     seen = set()
-    for record in _representatives(arch, fp8=fp8):
+    for record in _representatives(arch):
         if record.split_dim is None or record.weight_name is not None:
             continue
         size = record.shape[record.split_dim]
-        kind = (record.role, size)
-        problem = _problem(record.name, size, n, block[record.split_dim] if record.scale_name else None)
-        if problem is not None and kind not in seen:
+        kind = (record.role, size, record.codes_per_word > 1 and record.split_dim)
+        if kind in seen:
+            continue
+        if record.codes_per_word > 1 and arch.quantization is not None:
+            problem = _gptq_problem(record, record.split_dim, n, arch.quantization)
+        else:
+            problem = _problem(record.name, size, n, block[record.split_dim] if record.scale_name else None)
+        if problem is not None:
             seen.add(kind)
             yield problem
 
@@ -142,10 +200,33 @@ def _problem(name: str, size: int, n: int, block: int | None) -> DegreeProblem |
     return _uneven(name, f"{size // block} scale blocks", n)
 
 
-def _representatives(arch: Architecture, *, fp8: bool) -> Iterator[Expected]:
-    """The tensors outside the layers, of the first dense layer and of the first MoE layer: all kinds there are."""
-    arch = replace(arch, quantization=FP8 if fp8 else None)
+def _gptq_problem(record: Expected, dim: int, n: int, quantization: Quantization) -> DegreeProblem | None:
+    """Why a ``qweight`` [words of columns, rows] does not divide among ``n`` ranks."""
+    words, group = quantization.codes_per_word, quantization.group_size
+    if dim == 1:
+        rows = record.shape[1]
+        return _uneven(record.name, f"{rows} rows in words of {words}", n) if rows % (words * n) else None
+    columns = record.shape[0] * words
+    if group == -1:
+        return _uneven(record.name, f"{columns} columns in words of {words}", n) if columns % (words * n) else None
+    if quantization.desc_act:
+        return _uneven(record.name, f"groups of {group} columns from anywhere (desc_act)", n)
+    if columns % group:
+        return _uneven(record.name, f"{columns} columns, which end within a group of {group},", n)
+    if columns % (group * n):
+        return _uneven(record.name, f"{columns // group} groups of {group} columns", n)
+    return _uneven(record.name, f"{columns} columns in words of {words}", n) if columns % (words * n) else None
+
+
+def _representatives(arch: Architecture) -> Iterator[Expected]:
+    """The tensors outside the layers, and of layers of all kinds there are: the first dense one and the first MoE one;
+    every layer where rules may quantize some and not others. Of routed experts one, since they are not cut."""
     yield from outer_records(arch)
+    if arch.is_gptq:
+        one = replace(arch, n_routed_experts=1)
+        for layer in range(arch.num_hidden_layers):
+            yield from layer_records(one, layer)
+        return
     kinds = {arch.is_moe_layer(layer): layer for layer in reversed(range(arch.num_hidden_layers))}
     for layer in sorted(kinds.values()):
         yield from layer_records(arch, layer)

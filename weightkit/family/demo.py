@@ -96,6 +96,7 @@ def _limits(arch: Architecture) -> list[tuple[bool, str]]:
             arch.rms_norm_eps != _RMS_NORM_EPS,
             f"its RMSNorm has epsilon {_RMS_NORM_EPS}; here it is {arch.rms_norm_eps}",
         ),
+        (arch.is_gptq, "it reads no GPTQ: cast to bf16, or use an engine that does"),
         (bool(arch.indexer_layers), "it has no indexer: the demo of DeepSeek-V3.2 does"),
         (arch.moe_layer_freq != 1, f"it knows no moe_layer_freq; here it is {arch.moe_layer_freq}"),
         (arch.n_shared_experts == 0, "it always has shared experts, and this checkpoint has none"),
