@@ -11,15 +11,17 @@ from types import ModuleType
 
 import gptq_cases
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from dequant_cases import DTYPES, assert_same_bits, bits_of
+from dequant_cases import BITS, DTYPES, assert_same_bits, bits_of
 from gptq_cases import Packed, random_packed
 
 import weightkit
 from weightkit.errors import PlanError, ScaleError
 from weightkit.kernels import gptq_format
 from weightkit.kernels.gptq_format import TileConfig, dequant_reference, pack, pack_zeros, unpack
+from weightkit.kernels.gptq_format_cpu import dequant_cpu
 
 # NaN and Inf are among the operands; numpy says so where it computes with them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -168,6 +170,70 @@ def test_g_idx_outside_the_groups_is_nan_and_reads_nothing_else(kernels: ModuleT
     assert (found[:, 11] != 0x7FFF).all()
 
 
+# --- on a CPU ---------------------------------------------------------------------------------------------------------
+
+
+def on_cpu(packed: Packed, zero_offset: int, dtype: str) -> npt.NDArray[np.unsignedinteger]:
+    out = np.full(packed.codes.shape, 0x1234, BITS[dtype])
+    dequant_cpu(*packed.arrays, out, bits=packed.bits, zero_offset=zero_offset, dtype=dtype)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiled_loops_with_every_code_and_zero(bits: int, offset: int, dtype: str) -> None:
+    packed = gptq_cases.every_code_and_zero(bits)
+    assert_same_bits(on_cpu(packed, offset, dtype), packed.dequantized(offset, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["ascending", "one", "random", "ragged"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(8, 8), (72, 200), (200, 72), (24, 1000)], ids=str)
+def test_compiled_loops_at_sizes_that_are_no_multiple_of_anything(
+    shape: tuple[int, int], bits: int, order: str, dtype: str
+) -> None:
+    packed = random_packed(*shape, bits, order)
+    assert_same_bits(on_cpu(packed, 1, dtype), packed.dequantized(1, dtype), dtype)
+
+
+def test_compiled_loops_read_strided_and_read_only_operands() -> None:
+    packed = random_packed(48, 64, 4, "ascending")
+    qweight, qzeros, scales, g_idx = packed.arrays
+    strided = [array[:, ::2] for array in (np.repeat(qweight, 2, 1), np.repeat(qzeros, 2, 1), np.repeat(scales, 2, 1))]
+    for array in (*strided, g_idx):
+        array.flags.writeable = False
+    out = np.empty((48, 64), np.uint16)
+    dequant_cpu(strided[0], strided[1], strided[2], g_idx, out, bits=4, zero_offset=1, dtype="BF16")
+    assert_same_bits(out, packed.dequantized(1, "BF16"), "BF16")
+
+
+@pytest.mark.parametrize("group", [-1, 4])
+def test_compiled_loops_refuse_a_group_that_there_is_not(group: int) -> None:
+    packed = random_packed(16, 64, 4, "ascending")
+    packed.g_idx[9] = group
+    with pytest.raises(ScaleError, match="g_idx names groups that have no scale: expected from 0 to 3"):
+        on_cpu(packed, 1, "BF16")
+
+
+def test_compiled_loops_refuse_what_does_not_fit() -> None:
+    packed = random_packed(16, 64, 4, "ascending")
+    whole, out = packed.arrays, np.empty((16, 64), np.uint16)
+    for place, name in enumerate(("qweight", "qzeros", "scales", "g_idx")):
+        parts = [array[..., :-1] if i == place else array for i, array in enumerate(whole)]
+        with pytest.raises(ScaleError, match="does not fit a GPTQ weight"):
+            dequant_cpu(*parts, out, bits=4, zero_offset=1, dtype="BF16")
+        parts = [array.astype(np.int64) if i == place else array for i, array in enumerate(whole)]
+        with pytest.raises(ScaleError, match=f"^{name} does not fit"):
+            dequant_cpu(*parts, out, bits=4, zero_offset=1, dtype="BF16")
+    for wrong in (np.empty((16, 64), np.float16), np.empty((64, 16), np.uint16).T, np.empty((16, 56), np.uint16)):
+        with pytest.raises(PlanError, match="output"):
+            dequant_cpu(*whole, wrong, bits=4, zero_offset=1, dtype="BF16")
+    with pytest.raises(PlanError, match="3 bits"):
+        dequant_cpu(*whole, out, bits=3, zero_offset=1, dtype="BF16")
+
+
 def test_tensors_on_a_cpu_take_the_reference() -> None:
     packed = random_packed(24, 40, 4, "random")
     found = gptq_format.dequant(*on(torch.device("cpu"), packed), 4, 1)
@@ -184,7 +250,7 @@ def test_operands_that_do_not_fit() -> None:
     whole = on(torch.device("cpu"), random_packed(16, 64, 4, "ascending"))
     cases = {
         "qzeros": (1, lambda t: t[:, :1]),
-        "scales": (2, lambda t: t.bfloat16()),
+        "scales": (2, lambda t: t.float()),
         "g_idx": (3, lambda t: t[:56]),
         "qweight": (0, lambda t: t.long()),
     }

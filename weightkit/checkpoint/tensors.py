@@ -318,16 +318,19 @@ def _join_groups(left: LazyTensor, right: LazyTensor, dim: int) -> LazyTensor | 
     if before is None or after is None:
         return None
     (source, start, length), (rest, skipped, more) = before, after
-    size, per_word = source.shape[dim], source.codes_per_word
-    unused = size - start - length + skipped
-    if unused == 0:
-        whole = _join_words(source, rest, dim)
-        return None if whole is None else narrow(whole, dim, start, length + more)
-    shared = unused == per_word and narrow(source, dim, size - per_word, per_word) == narrow(rest, dim, 0, per_word)
-    if not shared:
+    if (source.bits, source.zero_offset, source.dtype) != (rest.bits, rest.zero_offset, rest.dtype):
         return None
-    others = narrow(rest, dim, per_word, rest.shape[dim] - per_word)
-    whole = _join_words(source, others, dim) if isinstance(others, GroupDequantized) else None
+    size, per_word, following = source.shape[dim], source.codes_per_word, rest.shape[dim]
+    unused = size - start - length + skipped
+    if unused == per_word:
+        if narrow(source, dim, size - per_word, per_word) != narrow(rest, dim, 0, per_word):
+            return None
+        tail = narrow(rest, dim, per_word, following - per_word)
+    elif unused == 0:
+        tail = rest
+    else:
+        return None
+    whole = source if tail.shape[dim] == 0 else _join_words(source, tail, dim)
     return None if whole is None else narrow(whole, dim, start, length + more)
 
 
@@ -341,9 +344,9 @@ def _cut_from_groups(tensor: LazyTensor, dim: int) -> tuple[GroupDequantized, in
     return None
 
 
-def _join_words(left: GroupDequantized, right: GroupDequantized, dim: int) -> GroupDequantized | None:
+def _join_words(left: GroupDequantized, right: LazyTensor, dim: int) -> LazyTensor | None:
     """Outputs of modules with one ``g_idx``, or inputs of modules with the same scales and zeros."""
-    if (left.bits, left.zero_offset, left.dtype) != (right.bits, right.zero_offset, right.dtype):
+    if not isinstance(right, GroupDequantized):
         return None
     if dim == 0 and left.g_idx == right.g_idx and left.scales.shape[0] == right.scales.shape[0]:
         return replace(
@@ -400,11 +403,11 @@ def dequantize_groups(
     groups = scales.shape[0] if scales.shape else 0
     expected = {
         "qweight": ("I32", (words, columns // per_word * per_word)),
-        "qzeros": ("I32", (max(1, groups), columns // per_word)),
         "scales": ("F16", (max(1, groups), columns)),
+        "qzeros": ("I32", (max(1, groups), columns // per_word)),
         "g_idx": ("I32", (words * per_word,)),
     }
-    for part, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", g_idx)):
+    for part, tensor in (("qweight", qweight), ("scales", scales), ("qzeros", qzeros), ("g_idx", g_idx)):
         if (tensor.dtype, tensor.shape) != expected[part]:
             raise ScaleError(
                 f"{part} does not fit a GPTQ weight of {words * per_word} inputs, {columns} outputs and {bits} bits",

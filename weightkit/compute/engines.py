@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -22,7 +24,24 @@ if TYPE_CHECKING:
     import torch
 
 Scales = npt.NDArray[np.float32]
+Words = npt.NDArray[np.int32]
 DeviceName = Literal["auto", "cuda", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A GPTQ weight as it is stored; see ``weightkit.checkpoint.tensors.GroupDequantized``."""
+
+    qweight: Words
+    qzeros: Words
+    scales: npt.NDArray[np.float16]
+    g_idx: Words
+    bits: int
+    zero_offset: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scales.shape[1], len(self.g_idx)
 
 
 class Engine(Protocol):
@@ -37,6 +56,10 @@ class Engine(Protocol):
     def dequantize(self, weight: Bytes, scale: Scales, dtype: str) -> Bytes:
         """``float32(weight) * scale`` rounded once to ``dtype``: weight E4M3 codes [M, N], scale [ceil(M/b),
         ceil(N/b)]."""
+        ...
+
+    def dequantize_groups(self, packed: PackedWeight, dtype: str) -> Bytes:
+        """A GPTQ weight [N, K], ``(code - zero) * float32(scale)`` rounded once to ``dtype``."""
         ...
 
     def cast(self, values: Bytes, source: str, dtype: str) -> Bytes:
@@ -67,7 +90,7 @@ class _Scratch:
 
 
 class CpuEngine:
-    """Table kernel for FP8, torch for plain casts."""
+    """Compiled loops for FP8 and GPTQ, torch for plain casts."""
 
     name = "cpu"
 
@@ -82,12 +105,28 @@ class CpuEngine:
         dequant_cpu(weight, scale, values, dtype=dtype)
         return out
 
+    def dequantize_groups(self, packed: PackedWeight, dtype: str) -> Bytes:
+        from weightkit.kernels.gptq_format_cpu import dequant_cpu
+
+        out = self.buffer("dequantized", prod(packed.shape) * itemsize(dtype))
+        dequant_cpu(
+            packed.qweight,
+            packed.qzeros,
+            packed.scales,
+            packed.g_idx,
+            out.view(f"u{itemsize(dtype)}").reshape(packed.shape),
+            bits=packed.bits,
+            zero_offset=packed.zero_offset,
+            dtype=dtype,
+        )
+        return out
+
     def cast(self, values: Bytes, source: str, dtype: str) -> Bytes:
         return _cast(values, source, dtype)
 
 
 class CudaEngine:
-    """Triton kernel between pinned buffers, each thread on a stream of its own, so that copies of several overlap."""
+    """Triton kernels between pinned buffers, each thread on a stream of its own, so that copies of several overlap."""
 
     def __init__(self, device: str = "cuda") -> None:
         import torch
@@ -111,6 +150,24 @@ class CudaEngine:
             codes = torch.from_numpy(weight).to(self._device, non_blocking=True)
             scales = torch.from_numpy(scale).to(self._device, non_blocking=True)
             target.copy_(dequant(codes, scales, _torch_dtype(dtype)), non_blocking=True)
+            stream.synchronize()
+        return out
+
+    def dequantize_groups(self, packed: PackedWeight, dtype: str) -> Bytes:
+        import torch
+
+        from weightkit.kernels.gptq_format import dequant
+
+        out = self.buffer("dequantized", prod(packed.shape) * itemsize(dtype))
+        target = torch.from_numpy(out).view(_torch_dtype(dtype)).view(packed.shape)
+        stored = (packed.qweight, packed.qzeros, packed.scales, packed.g_idx)
+        stream = self._stream()
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            qweight, qzeros, scales, g_idx = (
+                torch.from_numpy(array).to(self._device, non_blocking=True) for array in stored
+            )
+            weight = dequant(qweight, qzeros, scales, g_idx, packed.bits, packed.zero_offset, _torch_dtype(dtype))
+            target.copy_(weight, non_blocking=True)
             stream.synchronize()
         return out
 

@@ -15,20 +15,27 @@ from weightkit.checkpoint.tensors import (
     Cast,
     Concat,
     Dequantized,
+    GroupDequantized,
     LazyTensor,
     Narrow,
     is_plain,
     narrow,
     size_bytes,
+    stored_parts,
 )
-from weightkit.compute.engines import Engine
+from weightkit.compute.engines import Engine, PackedWeight
+from weightkit.kernels.gptq_format_cpu import require_groups
 
 #: A strip's rows are a multiple of this, so that strips of block-scaled weights stay block-scaled.
 STRIP_ROWS = FP8_BLOCK
+#: Strips of a GPTQ weight are no smaller where it is larger. It is stored transposed: rows of it are columns of a file,
+#: and each strip reads, of every row of the file, a piece. An expert of DeepSeek-V3 (28 MiB in BF16) is one strip.
+GROUP_STRIP_BYTES = 32 << 20
 
 
 def strips(tensor: LazyTensor, max_bytes: int) -> Iterator[LazyTensor]:
-    """The tensor cut along dimension 0 into strips of about ``max_bytes``, at least 128 rows each."""
+    """The tensor cut along dimension 0 into strips of at most ``strip_bytes``, but at least 128 rows each."""
+    max_bytes = strip_bytes(tensor, max_bytes)
     if not tensor.shape or size_bytes(tensor) <= max_bytes:
         yield tensor
         return
@@ -37,6 +44,22 @@ def strips(tensor: LazyTensor, max_bytes: int) -> Iterator[LazyTensor]:
     step = max(1, max_bytes // row_bytes // STRIP_ROWS) * STRIP_ROWS
     for start in range(0, rows, step):
         yield narrow(tensor, 0, start, min(step, rows - start))
+
+
+def strip_bytes(tensor: LazyTensor, max_bytes: int) -> int:
+    """``max_bytes``, or more for what costs too much to read in smaller strips."""
+    return max(max_bytes, GROUP_STRIP_BYTES) if _has_groups(tensor) else max_bytes
+
+
+def _has_groups(tensor: LazyTensor) -> bool:
+    match tensor:
+        case GroupDequantized():
+            return True
+        case Narrow(source=source) | Cast(source=source):
+            return _has_groups(source)
+        case Concat(parts=parts):
+            return any(map(_has_groups, parts))
+    return False
 
 
 def evaluate(tensor: LazyTensor, reader: Reader, engine: Engine) -> Bytes:
@@ -49,6 +72,8 @@ def evaluate(tensor: LazyTensor, reader: Reader, engine: Engine) -> Bytes:
             raw = reader.read(weight, engine.buffer("weight", size_bytes(weight)))
             scales = reader.read(scale).view(np.float32).reshape(scale.shape)
             return engine.dequantize(raw.reshape(weight.shape), scales, dtype)
+        case GroupDequantized():
+            return engine.dequantize_groups(read_packed(tensor, reader, engine), tensor.dtype)
         case Cast(source, dtype):
             return engine.cast(evaluate(source, reader, engine), source.dtype, dtype)
         case Narrow(source, dim, start, length) if not is_plain(source):
@@ -60,6 +85,27 @@ def evaluate(tensor: LazyTensor, reader: Reader, engine: Engine) -> Bytes:
             return np.concatenate(arrays, axis=dim).reshape(-1).view(np.uint8)
         case _:
             return reader.read(tensor, engine.buffer("plain", size_bytes(tensor)))
+
+
+def read_packed(tensor: GroupDequantized, reader: Reader, engine: Engine) -> PackedWeight:
+    """The four stored tensors of a GPTQ weight, in scratch buffers of the engine's.
+
+    Raises ``ScaleError`` where ``g_idx`` names a group that has no scale: kernels would read what is not theirs.
+    """
+
+    def read(part: LazyTensor, purpose: str) -> Bytes:
+        return reader.read(part, engine.buffer(purpose, size_bytes(part)))
+
+    g_idx = read(tensor.g_idx, "g_idx").view(np.int32)
+    require_groups(g_idx, tensor.scales.shape[0], where=next(stored_parts(tensor.g_idx)).path)
+    return PackedWeight(
+        read(tensor.qweight, "qweight").view(np.int32).reshape(tensor.qweight.shape),
+        read(tensor.qzeros, "qzeros").view(np.int32).reshape(tensor.qzeros.shape),
+        read(tensor.scales, "scales").view(np.float16).reshape(tensor.scales.shape),
+        g_idx,
+        tensor.bits,
+        tensor.zero_offset,
+    )
 
 
 def _elements(raw: Bytes, tensor: LazyTensor) -> npt.NDArray[np.unsignedinteger[Any]]:
