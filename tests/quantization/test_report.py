@@ -30,7 +30,7 @@ from weightkit.quantization.report import (
 from weightkit.quantization.report_page import render_page, write_report
 
 HIDDEN, INTER = 64, 32
-SETTINGS = QuantizationSettings("gptq", 4, 32, "experts", "act", 0.01, "search", 7, True)
+SETTINGS = QuantizationSettings("gptq", 4, 32, "experts", "activation", 0.01, "search", 7, True)
 STAGES = ("read", "attention", "route", "hessian", "factor", "solve", "pack", "forward", "write")
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e\ud800{{ 7*7 }}&amp;'
 
@@ -370,7 +370,13 @@ def test_numbers_on_the_page_are_those_of_the_data() -> None:
     assert layer in page.rows
     assert ["solve", "4.5 s", "45.0 %"] in page.rows
     assert ["1", "2.00", "1.50", "4.50", "0.50"] in page.rows
-    for row in (["Damping", "0.01"], ["Seed", "7"], ["SHA-256", "ab" * 32], ["torch", "2.13.0"]):
+    for row in (
+        ["Damping", "0.01"],
+        ["Seed", "7"],
+        ["MTP layers", "kept in BF16"],
+        ["SHA-256", "ab" * 32],
+        ["torch", "2.13.0"],
+    ):
         assert row in page.rows
     assert [item for item in page.items if item in report.warnings] == list(report.warnings)
 

@@ -119,11 +119,11 @@ class QuantizationSettings(Record):
         bits: of a code.
         group_size: input features that share a scale; -1 for a whole column.
         scope: ``experts`` or ``all``.
-        order: in which columns are solved: ``act`` or ``none``.
+        order: in which columns are solved: ``activation`` or ``natural``.
         damping: first tried, as a share of the mean of the Hessian's diagonal.
         scale_search: how scales were chosen: ``search`` or ``largest``.
         seed: what the calibration text was drawn with.
-        mtp: whether the MTP layers were kept, in BF16.
+        mtp: whether the MTP layers were kept, in BF16; None for a model without any.
     """
 
     method: Method
@@ -134,7 +134,7 @@ class QuantizationSettings(Record):
     damping: float
     scale_search: str
     seed: int
-    mtp: bool
+    mtp: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

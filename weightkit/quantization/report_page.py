@@ -171,8 +171,9 @@ def _facts(report: QuantizationReport) -> list[tuple[str, list[tuple[str, str]]]
         ("Damping", f"{settings.damping:g}"),
         ("Scale search", settings.scale_search),
         ("Seed", str(settings.seed)),
-        ("MTP layers", "kept in BF16" if settings.mtp else "dropped"),
     ]
+    if settings.mtp is not None:
+        asked.append(("MTP layers", "kept in BF16" if settings.mtp else "dropped"))
     text = [("Source", "none")]
     if calibration is not None:
         text = [
