@@ -2,7 +2,7 @@
 
 ``write_tiny(folder)`` writes a V3 checkpoint as the hubs publish it: FP8 with block scales, several shards, a scale
 apart from its weight, config, index, tokenizer files, an MTP layer. Keyword arguments vary it; ``V2_LITE`` and
-``MOONLIGHT`` are other members.
+``MOONLIGHT`` are other members, and ``V3_INT4`` has its experts in GPTQ of 4 bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,98 @@ from pathlib import Path
 import numpy as np
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ as a tiny model has it: routed and shared experts, or all linear layers, of all layers but MTP layers.
+
+    ``act_order`` deals inputs to groups in a shuffled order, as ``desc_act`` allows.
+    """
+
+    bits: int = 4
+    group_size: int = 16
+    sym: bool = True
+    act_order: bool = False
+    checkpoint_format: str = "gptq"
+    everything: bool = False
+
+    def config(self, model: Tiny) -> dict[str, object]:
+        kept = (
+            []
+            if self.everything
+            else [r".*self_attn\..*", *[rf".*layers\.{n}\.mlp\..*" for n in range(model.dense_layers)]]
+        )
+        kept += [rf"model\.layers\.{model.layers + n}\..*" for n in range(model.mtp_layers)]
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "desc_act": self.act_order,
+            "sym": self.sym,
+            "lm_head": False,
+            "quant_method": "gptq",
+            "checkpoint_format": self.checkpoint_format,
+            "pack_dtype": "int32",
+            "dynamic": {f"-:{pattern}": {} for pattern in kept},
+            "meta": {"quantizer": ["by hand"]},
+        }
+
+    def groups(self, columns: int) -> int:
+        return 1 if self.group_size == -1 else -(-columns // self.group_size)
+
+    def tensors(self, module: str, rows: int, columns: int) -> dict[str, tuple[str, Shape]]:
+        """The four tensors in place of the weight [rows, columns] of ``module``."""
+        per_word, groups = 32 // self.bits, self.groups(columns)
+        return {
+            f"{module}.qweight": ("I32", (columns // per_word, rows)),
+            f"{module}.qzeros": ("I32", (groups, rows // per_word)),
+            f"{module}.scales": ("F16", (groups, rows)),
+            f"{module}.g_idx": ("I32", (columns,)),
+        }
+
+    def random(self, rng: np.random.Generator, leaf: str, shape: Shape) -> bytes:
+        """Content of one of the four tensors; what they mean is in ``gptq_weight``."""
+        zero = 1 << (self.bits - 1)
+        stored = zero - (self.checkpoint_format == "gptq")
+        if leaf == "qweight":
+            codes = rng.integers(0, 1 << self.bits, (shape[0] * 32 // self.bits, shape[1]))
+            return pack_columns(codes, self.bits).tobytes()
+        if leaf == "qzeros":
+            zeros = np.full((shape[1] * 32 // self.bits, shape[0]), stored)
+            if not self.sym:
+                zeros = rng.integers(0, 1 << self.bits, zeros.shape)
+            return np.ascontiguousarray(pack_columns(zeros, self.bits).T).tobytes()
+        if leaf == "scales":
+            return rng.uniform(0.001, 0.1, shape).astype("<f2").tobytes()
+        groups = np.arange(shape[0]) // (shape[0] if self.group_size == -1 else self.group_size)
+        return (rng.permutation(groups) if self.act_order else groups).astype("<i4").tobytes()
+
+
+def pack_columns(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [K, N] to words [K * bits / 32, N]: the lowest bits of a word hold the first of its rows."""
+    per_word = 32 // bits
+    words = np.zeros((codes.shape[0] // per_word, codes.shape[1]), np.uint32)
+    for place in range(per_word):
+        words |= codes[place::per_word].astype(np.uint32) << np.uint32(bits * place)
+    return words.view("<i4")
+
+
+def gptq_weight(contents: dict[str, tuple[str, Shape, bytes]], module: str, gptq: Gptq) -> np.ndarray:
+    """By hand, the weight [out, in] in float32 that the four tensors of ``module`` stand for."""
+    words, columns = (np.frombuffer(contents[f"{module}.{leaf}"][2], "<u4") for leaf in ("qweight", "qzeros"))
+    shape, (groups, packed) = contents[f"{module}.qweight"][1], contents[f"{module}.qzeros"][1]
+    per_word, mask = 32 // gptq.bits, (1 << gptq.bits) - 1
+    words, columns = words.reshape(shape), columns.reshape(groups, packed)
+    scales = np.frombuffer(contents[f"{module}.scales"][2], "<f2").reshape(groups, shape[1]).astype(np.float32)
+    g_idx = np.frombuffer(contents[f"{module}.g_idx"][2], "<i4")
+    weight = np.zeros((shape[1], shape[0] * per_word), np.float32)
+    for k in range(weight.shape[1]):
+        code = words[k // per_word] >> np.uint32(gptq.bits * (k % per_word)) & np.uint32(mask)
+        n = np.arange(shape[1])
+        zero = columns[g_idx[k], n // per_word] >> (gptq.bits * (n % per_word)).astype(np.uint32) & np.uint32(mask)
+        zero = (zero + (gptq.checkpoint_format == "gptq")) & np.uint32(mask)
+        weight[:, k] = (code.astype(np.float32) - zero.astype(np.float32)) * scales[g_idx[k]]
+    return weight
 
 
 @dataclass(frozen=True)
@@ -45,6 +137,7 @@ class Tiny:
     fp8: bool = True
     sigmoid: bool = True
     inv_freq: bool = False
+    gptq: Gptq | None = None
     extra_config: dict[str, object] = field(default_factory=dict)
 
     def config(self) -> dict[str, object]:
@@ -94,6 +187,8 @@ class Tiny:
                 "quant_method": "fp8",
                 "weight_block_size": [128, 128],
             }
+        if self.gptq is not None:
+            config["quantization_config"] = self.gptq.config(self)
         return config | self.extra_config
 
     def tensors(self) -> dict[str, tuple[str, Shape]]:
@@ -149,10 +244,16 @@ class Tiny:
         }
 
     def _linear(self, name: str, rows: int, columns: int) -> dict[str, tuple[str, Shape]]:
+        if self.gptq is not None and self._is_int4(name):
+            return self.gptq.tensors(name.removesuffix(".weight"), rows, columns)
         if not self.fp8:
             return {name: ("BF16", (rows, columns))}
         blocks = (-(-rows // 128), -(-columns // 128))
         return {name: ("F8_E4M3", (rows, columns)), f"{name}_scale_inv": ("F32", blocks)}
+
+    def _is_int4(self, name: str) -> bool:
+        in_scope = "experts" in name or (self.gptq is not None and self.gptq.everything)
+        return in_scope and int(name.split(".")[2]) < self.layers
 
 
 V3 = Tiny()
@@ -169,6 +270,7 @@ V2_LITE = Tiny(
 MOONLIGHT = replace(V3, q_lora=None, mtp_layers=0, groups=1, fp8=False, inv_freq=True)
 KIMI = replace(V3, model_type="kimi_k2", mtp_layers=0, groups=1, heads=8, experts=12, inv_freq=True)
 V3_BF16 = replace(V3, fp8=False)
+V3_INT4 = replace(V3, fp8=False, gptq=Gptq())
 V31 = replace(
     V3,
     extra_config={
@@ -198,6 +300,13 @@ def random_bytes(rng: np.random.Generator, dtype: str, shape: Shape) -> bytes:
     return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # BF16 by truncation: any bits will do
 
 
+def _content(model: Tiny, rng: np.random.Generator, name: str, dtype: str, shape: Shape) -> bytes:
+    leaf = name.rpartition(".")[2]
+    if model.gptq is not None and leaf in ("qweight", "qzeros", "scales", "g_idx"):
+        return model.gptq.random(rng, leaf, shape)
+    return random_bytes(rng, dtype, shape)
+
+
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, Shape, bytes]]) -> None:
     """A safetensors file, as the format's page says it is."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -217,12 +326,16 @@ def write_tiny(
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     contents = {
-        name: (dtype, shape, random_bytes(rng, dtype, shape)) for name, (dtype, shape) in model.tensors().items()
+        name: (dtype, shape, _content(model, rng, name, dtype, shape))
+        for name, (dtype, shape) in model.tensors().items()
     }
     files: list[dict[str, tuple[str, Shape, bytes]]] = [{} for _ in range(shards)]
     for number, (name, content) in enumerate(contents.items()):
         at = number * shards // len(contents)
-        if name == "model.layers.1.mlp.experts.1.up_proj.weight_scale_inv":
+        if name in (
+            "model.layers.1.mlp.experts.1.up_proj.weight_scale_inv",
+            "model.layers.1.mlp.experts.1.up_proj.scales",
+        ):
             at = (at + 1) % shards  # a weight and its scale in different files
         files[at][name] = content
     names = [pattern.format(number=number, count=shards) for number in range(1, shards + 1)]
@@ -234,6 +347,8 @@ def write_tiny(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(model.config(), indent=2))
+    if model.gptq is not None:
+        (folder / "quantize_config.json").write_text(json.dumps(model.gptq.config(model), indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<b>", "eos_token": "<e>"}))
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")

@@ -221,7 +221,7 @@ def test_dtypes_that_no_cast_is_defined_for(dtype: str, tmp_path: Path) -> None:
     assert error.found == dtype
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "mxfp4"])
+@pytest.mark.parametrize("method", ["awq", "compressed-tensors", "mxfp4"])
 def test_another_quantization(method: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, replace(V3, fp8=False, extra_config={"quantization_config": {"quant_method": method}}))
     error = refusal(tmp_path)

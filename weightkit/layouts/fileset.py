@@ -10,7 +10,7 @@ from weightkit.checkpoint.folder import CONFIG_NAME, SideFile
 from weightkit.checkpoint.json_file import json_bytes
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.checkpoint.tensors import LazyTensor
-from weightkit.layouts.declare import without_stale_fp8
+from weightkit.layouts.declare import declare_in_side_files, without_stale_quantization
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ def file_set(
     index: bool,
     extra: Mapping[str, bytes] | None = None,
 ) -> FileSet:
-    """The files with the checkpoint's side files, its config, true of these tensors, and ``extra`` files by name."""
-    config = without_stale_fp8(checkpoint.config, checkpoint.tensors.values())
-    sides = dict(checkpoint.side_files)
+    """The files with the checkpoint's side files, its config, true of these tensors (and of GPTQ the
+    ``quantize_config.json`` that repeats it), and ``extra`` files by name."""
+    config = without_stale_quantization(checkpoint.config, checkpoint.tensors.values())
+    sides = declare_in_side_files(config, checkpoint.side_files)
     for name, content in {CONFIG_NAME: json_bytes(dict(config)), **(extra or {})}.items():
         sides[name] = SideFile(content=content)
     return FileSet(files, sides, index, checkpoint.stamps, str(checkpoint.root))

@@ -2,6 +2,9 @@
 
 Expert-parallel files, ``model{rank}-ep{N}.safetensors``, hold a share of the routed experts each and everything else
 whole.
+
+GPTQ weights are cut between words and groups; a rank's part of ``g_idx`` keeps the group numbers of the whole, so that
+cutting and joining only move bytes. Who computes from one rank's file alone takes the first number from all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from weightkit.family import (
     to_demo,
     to_published,
 )
-from weightkit.layouts.declare import architecture_of, declare_no_mtp, without_stale_fp8
+from weightkit.layouts.declare import architecture_of, declare_no_mtp, without_stale_quantization
 from weightkit.layouts.fileset import FileSet, file_set
 from weightkit.layouts.fit import unfit
 from weightkit.layouts.scan import scan_files
@@ -92,7 +95,7 @@ def _true_of_ranks(config: Mapping[str, object], folder: Path, headers: list[Hea
     arch = Architecture.from_config(config, where=str(folder / "config.json"))
     if not any(is_mtp(entry.name, arch) for header in headers for entry in header.entries):
         config = declare_no_mtp(config)
-    return without_stale_fp8(config, stored)
+    return without_stale_quantization(config, stored)
 
 
 def _side_files(folder: Path) -> dict[str, SideFile]:
@@ -155,7 +158,7 @@ def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
     Raises ``PlanError`` where the degree does not divide it, with the legal ones.
     """
     arch = architecture_of(checkpoint)
-    require_mp(arch, mp, fp8="F8_E4M3" in checkpoint.dtypes)
+    require_mp(arch, mp, fp8="F8_E4M3" in checkpoint.dtypes, gptq=arch.is_gptq)
     owners = {expert: rank for rank, owned in enumerate(expert_ranges(arch.n_routed_experts, mp)) for expert in owned}
 
     def share(tensor: LazyTensor, expected: Expected, rank: int) -> LazyTensor | None:
@@ -201,7 +204,12 @@ def _lay_out(checkpoint: Checkpoint, arch: Architecture, ranks: RankSet, share: 
     for rank in range(ranks.size):
         shares = ((name, share(tensor, expected[name], rank)) for name, tensor in kept.items())
         files[ranks.name(rank)] = {to_demo(name): tensor for name, tensor in shares if tensor is not None}
+    return file_set(checkpoint, files, index=False, extra=_demo_config(checkpoint, arch))
+
+
+def _demo_config(checkpoint: Checkpoint, arch: Architecture) -> dict[str, bytes]:
+    """The demo's arguments; none for GPTQ, which it cannot read."""
+    if arch.is_gptq:
+        return {}
     dtype: Literal["fp8", "bf16"] = "fp8" if "F8_E4M3" in checkpoint.dtypes else "bf16"
-    return file_set(
-        checkpoint, files, index=False, extra={DEMO_CONFIG_NAME: json_bytes(demo_arguments(arch, dtype=dtype))}
-    )
+    return {DEMO_CONFIG_NAME: json_bytes(demo_arguments(arch, dtype=dtype))}

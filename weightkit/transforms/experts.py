@@ -31,6 +31,7 @@ def keep_experts(checkpoint: Checkpoint, count: int, *, kept: Kept | None = None
         PlanError: a count that routing does not allow (with the legal ones), or ids that are not ``count`` of the
             layer's, an
             equal number from each group; all problems at once.
+        MissingTensorError: a GPTQ rule names experts by number, and would mean others afterwards.
     """
     arch = architecture_of(checkpoint)
     legal = legal_expert_counts(arch)
@@ -56,7 +57,17 @@ def keep_experts(checkpoint: Checkpoint, count: int, *, kept: Kept | None = None
         for name, source in checkpoint.tensors.items()
         for new, tensor in _cut(name, source, expected.get(name), chosen)
     }
-    return replace(checkpoint, tensors=tensors, config={**checkpoint.config, "n_routed_experts": count}, placement={})
+    config = {**checkpoint.config, "n_routed_experts": count}
+    result = replace(checkpoint, tensors=tensors, config=config, placement={})
+    if arch.is_gptq:
+        _require_same_rules(result)
+    return result
+
+
+def _require_same_rules(result: Checkpoint) -> None:
+    """Refuse GPTQ rules that name experts by number, where the numbers changed what they say."""
+    problems = list(unfit(result.tensors, blueprint(architecture_of(result))))
+    raise_all("the rules of quantization_config do not hold for renumbered experts", problems, where=result.root)
 
 
 def read_kept(path: Path) -> Kept:
