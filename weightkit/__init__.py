@@ -14,6 +14,7 @@ All of it:
     Checkpoint          published names to lazy tensors, config and side files
     strip_mtp           without its multi-token-prediction layers
     cast                FP8 with block scales, or any float weights, in BF16, F16 or F32
+    quantize            experts, or all linear maps, to int4 in the AutoGPTQ format
     keep_experts        with fewer routed experts
     shard               as one file a model-parallel or expert-parallel rank
     merge               as the hubs publish it: an index and shards
@@ -44,6 +45,7 @@ _HOMES = {
     "keep_experts": "weightkit.transforms",
     "merge": "weightkit.transforms",
     "open_checkpoint": "weightkit.layouts",
+    "quantize": "weightkit.quantization",
     "shard": "weightkit.transforms",
     "strip_mtp": "weightkit.transforms",
     "verify": "weightkit.examine",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from weightkit.generation import generate
     from weightkit.hub import fetch
     from weightkit.layouts import open_checkpoint
+    from weightkit.quantization import quantize
     from weightkit.transforms import cast, keep_experts, merge, shard, strip_mtp
     from weightkit.writer import write
 
@@ -71,6 +74,7 @@ __all__ = [
     "keep_experts",
     "merge",
     "open_checkpoint",
+    "quantize",
     "shard",
     "strip_mtp",
     "verify",

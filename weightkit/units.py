@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def human_bytes(count: float) -> str:
     """``690.2 GB``; three or four significant digits."""
@@ -24,3 +26,18 @@ def human_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    f"{prefix}iB": 1 << 10 * power for power, prefix in enumerate("KMGT", start=1)
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_bytes(text: str) -> int:
+    """``24GiB``, ``96 GB`` or a plain number of bytes. Raises ``ValueError`` for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        raise ValueError(f"{text!r} is no size, such as 24GiB or 96GB")
+    return int(float(match[1]) * units[match[2].lower()])

@@ -14,7 +14,7 @@ import weightkit
 from weightkit.errors import Interrupted, WeightkitError
 
 #: In the order of the road that a checkpoint goes.
-COMMANDS = ("fetch", "inspect", "verify", "strip", "cast", "shard", "merge", "generate", "mirror", "demo")
+COMMANDS = ("fetch", "inspect", "verify", "strip", "cast", "quantize", "shard", "merge", "generate", "mirror", "demo")
 
 
 class _Commands(click.Group):

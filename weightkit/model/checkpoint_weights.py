@@ -135,4 +135,3 @@ class CheckpointWeights:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(_ROUTER) else self.dtype
-

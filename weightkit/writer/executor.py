@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -19,8 +20,8 @@ from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.checkpoint.reading import SCRATCH_BYTES, Bytes
-from weightkit.checkpoint.tensors import Stored, size_bytes
-from weightkit.compute import CpuEngine, Engine, evaluate
+from weightkit.checkpoint.tensors import Promised, Stored, size_bytes
+from weightkit.compute import CpuEngine, Engine, evaluate, strip_bytes
 from weightkit.compute.evaluate import STRIP_ROWS
 from weightkit.durable import FULL, PARTIAL, STATE_DIR, no_space, only_writer, sync_folder, write_whole
 from weightkit.errors import Interrupted, PlanError, WriteError
@@ -28,7 +29,7 @@ from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
 from weightkit.units import counted, human_bytes, human_seconds
 from weightkit.writer.journal import Journal, Progress
-from weightkit.writer.pieces import STRIP_BYTES, Copied, pieces, require_in_range
+from weightkit.writer.pieces import STRIP_BYTES, Copied, Made, pieces, require_in_range
 from weightkit.writer.plan import Plan, PlannedFile
 from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, AppendStream
 from weightkit.writer.target import clear_target, inspect_target, require_memory, require_space
@@ -84,10 +85,13 @@ def peak_memory_bytes(plan: Plan, jobs: int) -> int:
 
 
 def _largest_strip(plan: Plan) -> int:
-    """Bytes of the 128 widest rows that are assembled or computed; stored tensors are copied as they are."""
+    """Bytes of the largest strip that is assembled or computed; stored tensors are copied as they are."""
     return max(
         (
-            size_bytes(tensor) // tensor.shape[0] * min(STRIP_ROWS, tensor.shape[0])
+            max(
+                size_bytes(tensor) // tensor.shape[0] * min(STRIP_ROWS, tensor.shape[0]),
+                min(size_bytes(tensor), strip_bytes(tensor, STRIP_BYTES)),
+            )
             for file in plan.files
             for tensor in file.tensors.values()
             if not isinstance(tensor, Stored) and tensor.shape and tensor.shape[0]
@@ -123,14 +127,58 @@ def execute(
         return _nothing_to_do(plan, started)
     require_space(plan, state.files, force=force)
     require_memory(peak_memory_bytes(plan, jobs or default_jobs()))
+    with open_run(plan, engine=engine, progress=progress, force=force) as run:
+        if run is None:
+            return _nothing_to_do(plan, started)
+        run.write_files(jobs or default_jobs())
+        run.seal()
+        return Written(
+            plan.target,
+            len(plan.files),
+            plan.bytes_written,
+            run.written_bytes,
+            run.reader.bytes_read,
+            time.monotonic() - started,
+        )
+
+
+class Promises(Protocol):
+    """Who delivers the ``Promised`` tensors of a plan."""
+
+    def take(self, name: str) -> Bytes:
+        """The tensor's bytes, flat; waits until they are made. Asked once for each, in the order of the file."""
+        ...
+
+
+@contextmanager
+def open_run(
+    plan: Plan, *, engine: Engine | None, progress: bool, force: bool, promises: Promises | None = None
+) -> Iterator[Run | None]:
+    """Be the only writer of the plan's target: files are written through the ``Run``, in any order, then sealed.
+
+    None where another run has completed the plan meanwhile. Raises as ``execute``.
+    """
+    target = plan.target
     try:
-        plan.target.mkdir(parents=True, exist_ok=True)
-        with only_writer(plan.target):
-            return _write(plan, jobs or default_jobs(), engine or CpuEngine(), progress, force, started)
+        target.mkdir(parents=True, exist_ok=True)
+        with only_writer(target):
+            state = inspect_target(plan, force=force)  # others may have written until now
+            if state.complete:
+                yield None
+                return
+            if force:
+                clear_target(target)
+            bar = ProgressBar(plan.bytes_written, target.name, shown=progress, parts=len(plan.files))
+            with Reader(plan.stamps, ahead_bytes=AHEAD_BYTES) as reader, bar:
+                run = Run(plan, reader, engine or CpuEngine(), bar, dict(state.files), promises)
+                try:
+                    yield run
+                finally:
+                    run.journal.close()
     except OSError as exc:
         if exc.errno in FULL:
-            raise no_space(plan.target) from exc
-        raise WriteError(f"cannot be written ({exc.strerror})", where=exc.filename or plan.target) from exc
+            raise no_space(target) from exc
+        raise WriteError(f"cannot be written ({exc.strerror})", where=exc.filename or target) from exc
 
 
 def _sweep(target: Path) -> None:
@@ -144,39 +192,21 @@ def _nothing_to_do(plan: Plan, started: float) -> Written:
     return Written(plan.target, len(plan.files), plan.bytes_written, 0, 0, time.monotonic() - started)
 
 
-def _write(plan: Plan, jobs: int, engine: Engine, progress: bool, force: bool, started: float) -> Written:
-    """Do it, as the only writer; others may have written until now."""
-    state = inspect_target(plan, force=force)
-    if state.complete:
-        return _nothing_to_do(plan, started)
-    if force:
-        clear_target(plan.target)
-    bar = ProgressBar(plan.bytes_written, plan.target.name, shown=progress, parts=len(plan.files))
-    with Reader(plan.stamps, ahead_bytes=AHEAD_BYTES) as reader, bar:
-        run = _Run(plan, reader, engine, bar, dict(state.files))
-        try:
-            run.write_files(jobs)
-            run.seal()
-        finally:
-            run.journal.close()
-    return Written(
-        plan.target,
-        len(plan.files),
-        plan.bytes_written,
-        run.written_bytes,
-        reader.bytes_read,
-        time.monotonic() - started,
-    )
-
-
-class _Run:
-    """One execution: what its workers share."""
+class Run:
+    """One execution of a plan: what its workers share. ``history`` is how far each file is."""
 
     def __init__(
-        self, plan: Plan, reader: Reader, engine: Engine, bar: ProgressBar, history: dict[str, Progress]
+        self,
+        plan: Plan,
+        reader: Reader,
+        engine: Engine,
+        bar: ProgressBar,
+        history: dict[str, Progress],
+        promises: Promises | None = None,
     ) -> None:
         self.plan, self.reader, self.engine, self.bar = plan, reader, engine, bar
         self.history = history
+        self._promises = promises
         self.written_bytes = 0
         self._counting = threading.Lock()
         self.stop = threading.Event()
@@ -200,7 +230,7 @@ class _Run:
         self._check_stop()
         final, partial = self.plan.target / file.name, self.plan.target / (file.name + PARTIAL)
         before = self.history.get(file.name)
-        if before is not None and before.done and final.exists() and final.stat().st_size == file.size_bytes:
+        if self.is_done(file):
             self.bar.add(file.size_bytes)
             self.bar.part_done()
             return
@@ -218,6 +248,11 @@ class _Run:
         sync_folder(self.plan.target)
         self._record(file, Progress(file.size_bytes, sha256, done=True))
         self.bar.part_done()
+
+    def is_done(self, file: PlannedFile) -> bool:
+        """Whether an earlier run, or this one, has put the file in its place."""
+        before, final = self.history.get(file.name), self.plan.target / file.name
+        return before is not None and before.done and final.exists() and final.stat().st_size == file.size_bytes
 
     def _durable_prefix(self, partial: Path, before: Progress | None) -> tuple[int, hashlib._Hash | None]:
         """How much of a partial file can be trusted: what the journal vouches for and still hashes as it says."""
@@ -242,12 +277,17 @@ class _Run:
             if isinstance(piece, Copied):
                 self._copy(stream, piece.copy)
             else:
-                data = evaluate(piece.strip, self.reader, self.engine)
+                data = self._make(piece)
                 require_in_range(piece, data)
                 self._count(stream.append(data))
             if stream.position - durable >= DURABLE_EVERY_BYTES:
                 durable = stream.position
                 self._record(file, Progress(*stream.make_durable()))
+
+    def _make(self, piece: Made) -> Bytes:
+        if isinstance(piece.strip, Promised) and self._promises is not None:
+            return self._promises.take(piece.name)
+        return evaluate(piece.strip, self.reader, self.engine)
 
     def _copy(self, stream: AppendStream, copy: Copy) -> None:
         def read_into(start: int, out: Bytes) -> None:

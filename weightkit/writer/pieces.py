@@ -9,7 +9,7 @@ import numpy as np
 
 from weightkit.checkpoint.copies import Copy, copies
 from weightkit.checkpoint.reading import Bytes
-from weightkit.checkpoint.tensors import LazyTensor, is_plain, size_bytes
+from weightkit.checkpoint.tensors import LazyTensor, Promised, is_plain, size_bytes
 from weightkit.compute import strips
 from weightkit.errors import WriteError
 
@@ -54,7 +54,8 @@ def pieces(tensors: Mapping[str, LazyTensor]) -> Iterator[Copied | Made]:
             continue
         yield from _copied(pending)
         pending = []
-        for strip in strips(tensor, STRIP_BYTES):
+        whole = isinstance(tensor, Promised)  # it comes in one piece
+        for strip in [tensor] if whole else strips(tensor, STRIP_BYTES):
             yield Made(name, strip)
     yield from _copied(pending)
 

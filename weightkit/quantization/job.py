@@ -1,0 +1,228 @@
+"""A quantization that was asked for: planned, its calibration read, its needs held against the machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import weightkit
+from weightkit.checkpoint import Checkpoint
+from weightkit.compute import Engine, choose_engine
+from weightkit.errors import CalibrationError, SpaceError, UnsupportedError
+from weightkit.generation.tokenizer import Tokenizer
+from weightkit.layouts.declare import architecture_of
+from weightkit.machine import free_disk_bytes
+from weightkit.quantization.activations import sequences_a_batch
+from weightkit.quantization.calibration import Calibration, load_calibration
+from weightkit.quantization.memory import MemoryPlan, plan_memory
+from weightkit.quantization.plan import QuantizationPlan, plan_quantization
+from weightkit.quantization.ranks import Ranks
+from weightkit.quantization.settings import Settings
+from weightkit.units import counted, human_bytes
+from weightkit.writer import Summary, summarize
+
+SNAPSHOT_LAYERS = 8
+"""Activations go to the disk after so many layers, and a stopped run begins there."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What goes through the model: ``sequences`` of the calibration lie on this rank, as ``memory`` says."""
+
+    data: Calibration
+    memory: MemoryPlan
+    sequences: range
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``carry_out`` takes.
+
+    Attributes:
+        plan: what is made and written.
+        calibrated: None for rounding to nearest.
+        device, engine, ranks: where is computed, and with whom.
+        snapshot_layers: activations go to the disk after so many layers; 0 for never.
+        title: the model's name.
+    """
+
+    plan: QuantizationPlan
+    calibrated: Calibrated | None
+    device: torch.device
+    engine: Engine
+    ranks: Ranks
+    snapshot_layers: int
+    title: str
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Of the activations of all ranks on the disk."""
+        if self.calibrated is None:
+            return 0
+        itemsize = 2 if self.device.type == "cuda" else 4
+        return self.calibrated.data.tokens.size * self.plan.arch.hidden_size * itemsize
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    target: Path,
+    settings: Settings,
+    *,
+    calibration: Path | Calibration | None = None,
+    samples: int = 512,
+    seq_len: int = 4096,
+    seed: int = 0,
+    device: str = "auto",
+    gpu_memory: int | None = None,
+    host_memory: int | None = None,
+    snapshot_layers: int = SNAPSHOT_LAYERS,
+    title: str | None = None,
+) -> Job:
+    """Read the calibration, plan, and refuse what the machine has no room for. Arguments as ``quantize``."""
+    where = Ranks.device(device)
+    ranks = Ranks.join(where)
+    arch = architecture_of(checkpoint)
+    tokens = None
+    if settings.method == "gptq":
+        tokens = _calibration(checkpoint, calibration, samples, seq_len, seed)
+        limit = arch.index_topk
+        if limit is not None and tokens.tokens.shape[1] > limit:
+            raise UnsupportedError(
+                "sparse attention, which weightkit does not compute; it is dense only up to index_topk tokens",
+                where="--seq-len",
+                expected=f"at most {limit}",
+                found=tokens.tokens.shape[1],
+            )
+    digest = "none" if tokens is None else tokens.sha256
+    plan = plan_quantization(checkpoint, target, settings, calibration=digest, version=weightkit.__version__)
+    calibrated = None
+    if tokens is not None:
+        sequences = _share(*tokens.tokens.shape, ranks)
+        memory = plan_memory(
+            plan,
+            sequences=len(sequences),
+            seq_len=tokens.tokens.shape[1],
+            device=where,
+            gpu_memory=gpu_memory,
+            host_memory=host_memory,
+        )
+        calibrated = Calibrated(tokens, memory, sequences)
+    engine = choose_engine("cpu" if where.type == "cpu" else "cuda")
+    name = title or Path(checkpoint.root).resolve().name
+    return Job(plan, calibrated, where, engine, ranks, snapshot_layers, name)
+
+
+def _calibration(
+    checkpoint: Checkpoint, calibration: Path | Calibration | None, samples: int, seq_len: int, seed: int
+) -> Calibration:
+    if isinstance(calibration, Calibration):
+        return calibration
+    if calibration is None:
+        raise CalibrationError(
+            "GPTQ needs text to calibrate with",
+            where="--calibration",
+            fix="Name a file of text, JSON lines or token ids; or use --method rtn, which rounds without any.",
+        )
+    arch = architecture_of(checkpoint)
+    tokenizer = None
+    if calibration.suffix not in (".npy", ".safetensors"):
+        tokenizer = Tokenizer.from_side_files(checkpoint.side_files, checkpoint.root)
+    return load_calibration(
+        calibration,
+        tokenizer,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        vocab_size=arch.vocab_size,
+        max_position_embeddings=arch.max_position_embeddings,
+    )
+
+
+def _share(sequences: int, seq_len: int, ranks: Ranks) -> range:
+    """This rank's sequences: whole batches, so that what goes through a layer at once does not depend on the ranks.
+
+    Raises:
+        SpaceError: fewer batches than ranks.
+    """
+    step = sequences_a_batch(seq_len)
+    batches = -(-sequences // step)
+    if batches < ranks.size:
+        raise SpaceError(
+            "fewer batches of calibration tokens than ranks",
+            where="torchrun",
+            expected=f"at most {batches} ranks",
+            found=ranks.size,
+            fix="Use more --samples, or fewer ranks.",
+        )
+    mine = ranks.share_of(batches)
+    return range(mine.start * step, min(mine.stop * step, sequences))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job will take. ``write`` is the writer's part; sizes are bytes, ``gpu_bytes`` and ``host_bytes`` a rank's."""
+
+    write: Summary
+    ranks: int
+    device: str
+    samples: int = 0
+    seq_len: int = 0
+    activations_bytes: int = 0
+    activations_on: str = ""
+    gpu_bytes: int = 0
+    host_bytes: int = 0
+    snapshot_bytes: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values by field."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """Aligned lines for a terminal."""
+        rows = {"quantized": f"on {self.device}, {counted(self.ranks, 'rank')}"}
+        if self.samples:
+            rows["calibrated"] = f"{self.samples:,} x {self.seq_len:,} tokens, {self.samples * self.seq_len:,} in all"
+            rows["hidden"] = f"{human_bytes(self.activations_bytes)} of activations a rank, {self.activations_on}"
+            if self.gpu_bytes:
+                rows["GPU"] = f"{human_bytes(self.gpu_bytes)} at most"
+            rows["host"] = f"{human_bytes(self.host_bytes)} at most, beside the buffers above"
+        if self.snapshot_bytes:
+            rows["snapshot"] = f"{human_bytes(self.snapshot_bytes)} of disk while it runs, for a resume"
+        return "\n".join([self.write.render(), *(f"{key:<10} {value}" for key, value in rows.items())])
+
+
+def describe(job: Job, *, force: bool = False) -> Cost:
+    """The cost of a job as things stand. Raises ``TargetError`` where it could not be carried out."""
+    write = summarize(job.plan.write, jobs=1, force=force)
+    ranks, device = job.ranks.size, job.engine.name
+    if job.calibrated is None:
+        return Cost(write, ranks, device)
+    memory, (samples, seq_len) = job.calibrated.memory, job.calibrated.data.tokens.shape
+    return Cost(
+        write,
+        ranks,
+        device,
+        samples=samples,
+        seq_len=seq_len,
+        activations_bytes=memory.activations,
+        activations_on="on the device" if memory.on_device else "in host memory",
+        gpu_bytes=memory.working + memory.activations * memory.on_device if job.device.type == "cuda" else 0,
+        host_bytes=memory.host,
+        snapshot_bytes=2 * job.snapshot_bytes if job.snapshot_layers else 0,
+    )
+
+
+def require_disk(job: Job, left_bytes: int) -> None:
+    """Raise ``SpaceError`` where the disk has no room for kept activations beside ``left_bytes`` of output."""
+    snapshots = 2 * job.snapshot_bytes if job.snapshot_layers else 0
+    free = free_disk_bytes(job.plan.write.target)
+    if snapshots and snapshots + left_bytes > free:
+        raise SpaceError(
+            "not enough free space for the activations that are kept for a resume",
+            where=job.plan.write.target,
+            expected=human_bytes(snapshots + left_bytes),
+            found=human_bytes(free),
+            fix="Free some, or use --snapshot-layers 0: a stopped run then goes through finished layers again.",
+        )
