@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import plain_reference
 import pytest
 import torch
 from small_checkpoint import computed_tensors, write_small
+from tiny import V3_INT4, Gptq, Tiny, gptq_weight, write_tiny
 
+from weightkit.checkpoint.tensors import size_bytes
 from weightkit.errors import GenerationError, MissingTensorError, ScaleError
 from weightkit.layouts import open_checkpoint
 from weightkit.model import CheckpointWeights
@@ -43,7 +48,7 @@ def test_large_weights_are_read_in_strips(
     small: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, stored = small
-    monkeypatch.setattr("weightkit.model.checkpoint_weights.STRIP_BYTES", 1 << 12)
+    monkeypatch.setattr("weightkit.model.loading.STRIP_BYTES", 1 << 12)
     with CheckpointWeights(open_checkpoint(folder), device="cpu") as weights:
         for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"):
             assert torch.equal(weights.get(name), computed_tensors(stored)[name])
@@ -98,6 +103,54 @@ def test_missing_scale_is_found_before_any_read(tmp_path: Path) -> None:
 def test_unknown_dtype_is_refused(small: tuple[Path, dict[str, torch.Tensor]]) -> None:
     with pytest.raises(GenerationError, match="bf16, f16, f32"):
         CheckpointWeights(open_checkpoint(small[0]), device="cpu", dtype="fp4")
+
+
+PACKED = {
+    "int4": Gptq(),
+    "activation order, asymmetric, v2": Gptq(act_order=True, sym=False, checkpoint_format="gptq_v2"),
+    "int8": Gptq(bits=8, group_size=-1),
+}
+
+
+def write_packed(folder: Path, gptq: Gptq) -> dict[str, torch.Tensor]:
+    """A GPTQ checkpoint; returns the F32 values of its experts, by hand: rounded once to BF16, as its config says."""
+    model: Tiny = replace(V3_INT4, gptq=gptq, mtp_layers=0)
+    contents = write_tiny(folder, model)
+    modules = [name.removesuffix(".qweight") for name in contents if name.endswith(".qweight")]
+    assert modules
+    values = {}
+    for module in modules:
+        bits = plain_reference.round_to(gptq_weight(contents, module, gptq), "BF16").astype(np.uint32) << 16
+        values[f"{module}.weight"] = torch.from_numpy(bits.view(np.float32))
+    return values
+
+
+@pytest.mark.parametrize("variant", PACKED)
+def test_gptq_weights_have_the_value_of_their_bf16_cast(variant: str, tmp_path: Path) -> None:
+    values = write_packed(tmp_path / "packed", PACKED[variant])
+    with CheckpointWeights(open_checkpoint(tmp_path / "packed"), device="cpu") as weights:
+        weights.prefetch(list(values))
+        for name, expected in values.items():
+            assert torch.equal(weights.get(name), expected), name
+
+
+def test_gptq_weights_are_read_packed(tmp_path: Path) -> None:
+    name, *_ = write_packed(tmp_path / "packed", Gptq())
+    checkpoint = open_checkpoint(tmp_path / "packed")
+    stored = [checkpoint[f"{name.removesuffix('.weight')}.{leaf}"] for leaf in ("qweight", "qzeros", "scales", "g_idx")]
+    with CheckpointWeights(checkpoint, device="cpu") as weights:
+        weights.get(name)
+        assert weights.bytes_read == sum(map(size_bytes, stored))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variant", PACKED)
+def test_gpu_unpacks_to_the_same_bits(variant: str, tmp_path: Path) -> None:
+    values = write_packed(tmp_path / "packed", PACKED[variant])
+    with CheckpointWeights(open_checkpoint(tmp_path / "packed"), device="cuda", dtype="f32") as weights:
+        for name, expected in values.items():
+            assert torch.equal(weights.get(name).cpu(), expected), name
 
 
 def expert(number: int) -> str:
