@@ -151,12 +151,13 @@ def test_cache_holds_latents_only() -> None:
     assert cache.append(torch.zeros(2, 0, 40)).shape == (2, 5, V3["kv_lora_rank"] + V3["qk_rope_head_dim"])
 
 
-def test_attention_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absorbed_attention_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, model = build(V3)
     ids = token_ids(2, 40)
-    whole = model(ids)
+    whole, cache = model(ids), model.new_cache()
     monkeypatch.setattr(attention, "SCORES_SIZE_BYTES", 4 * 2 * 4 * 40 * 7)  # seven queries a block
-    assert difference(model(ids), whole) < 1e-5
+    found = torch.cat([model(ids[:, :3], cache), model(ids[:, 3:], cache)], dim=1)
+    assert difference(found, whole) < 1e-5
 
 
 def test_layers_can_be_run_one_by_one() -> None:

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear, silu
 
 from weightkit.errors import UnsupportedError
-from weightkit.model.weights import Observer, Weights, project
+from weightkit.model.weights import Held, Observer, Weights, project
 
 if TYPE_CHECKING:
     from weightkit.family import Architecture
 
 _NORM_EPS = 1e-20  # the published guard where the chosen experts' scores are all zero
+
+ROUTE_TOKENS = 65_536
+"""Tokens routed at once: their F32 copy, which the router's product wants, is 1.9 GB at a width of 7168."""
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Which tokens go to which expert, each expert's tokens in ascending order.
+
+    A *place* is an index into the flattened ids and shares: token * top_k + slot.
+
+    Attributes:
+        counts: tokens of each expert, on the host.
+    """
+
+    counts: list[int]
+    _starts: list[int]
+    _places: torch.Tensor
+    _rows: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, num_experts: int) -> Dispatch:
+        """Sort ``ids`` [tokens, top_k] (integers, no expert twice in a row) by expert. Waits for the device once."""
+        by_expert, places = ids.flatten().to(torch.int32).sort(stable=True)
+        experts = torch.arange(num_experts + 1, dtype=torch.int32, device=ids.device)
+        starts: list[int] = torch.searchsorted(by_expert, experts).tolist()
+        counts = [end - start for start, end in pairwise(starts)]
+        return cls(counts, starts, places, places // ids.shape[1])
+
+    @property
+    def used(self) -> list[int]:
+        """The experts that have tokens, ascending."""
+        return [expert for expert, count in enumerate(self.counts) if count]
+
+    def rows(self, expert: int) -> torch.Tensor:
+        """The tokens of an expert, ascending: [counts[expert]] I64, on the device of the ids."""
+        return self._rows[self._starts[expert] : self._starts[expert + 1]]
+
+    def places(self, expert: int) -> torch.Tensor:
+        """Where in the flattened shares that of each of ``rows(expert)`` lies: [counts[expert]] I64."""
+        return self._places[self._starts[expert] : self._starts[expert + 1]]
 
 
 class GatedMLP:
@@ -31,7 +75,15 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to [..., hidden]."""
-        return self._project("down_proj", silu(self._project("gate_proj", x)) * self._project("up_proj", x))
+        return self._project("down_proj", self.inner(x))
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """What ``down_proj`` sees of ``x`` [..., hidden]: [..., intermediate]."""
+        return silu(self._project("gate_proj", x), inplace=True).mul_(self._project("up_proj", x))
+
+    def holding(self) -> GatedMLP:
+        """The same, asking for each weight once and holding it as long as the returned object lives."""
+        return GatedMLP(self.prefix, Held(self.weights, self.names), self.observe)
 
     def _project(self, module: str, x: torch.Tensor) -> torch.Tensor:
         return project(self.weights, f"{self.prefix}.{module}.weight", x, self.observe)
@@ -59,18 +111,67 @@ class MoE:
         ids, shares = self.route(tokens)
         shared = self._expert("shared_experts")(x) if self.arch.n_shared_experts else None
         routed = self.experts(tokens, ids, shares).view_as(x)
-        return routed if shared is None else routed + shared
+        return routed if shared is None else routed.add_(shared)
+
+    def holding(self) -> MoE:
+        """The same, asking once for each of ``names`` and holding it as long as the returned object lives.
+
+        Routed experts' weights are asked for at each use as before.
+        """
+        held = copy.copy(self)
+        held.weights = Held(self.weights, self.names)
+        return held
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which experts each token of ``x`` [tokens, hidden] goes to, and how much each counts.
 
-        Logits and all that follows are F32, as published: near ties decide the experts.
+        Logits and all that follows are F32, as published: near ties decide the experts. Tokens go ``ROUTE_TOKENS`` at a
+        time, and each by itself; only the product with the router may sum in another order in a block of another size.
 
         Returns:
             ids [tokens, top_k] I64, shares [tokens, top_k] F32; neither is in any order within a token.
         """
+        router = self.weights.get(f"{self.prefix}.gate.weight").float()
+        parts = [self._route(linear(rows.float(), router)) for rows in x.split(ROUTE_TOKENS)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([ids for ids, _ in parts]), torch.cat([shares for _, shares in parts])
+
+    def dispatch(self, ids: torch.Tensor) -> Dispatch:
+        """The tokens of each expert, from the ``ids`` [tokens, top_k] that ``route`` gave."""
+        return Dispatch.of(ids, self.arch.n_routed_experts)
+
+    def expert(self, number: int) -> GatedMLP:
+        """A routed expert, [rows, hidden] to [rows, hidden]."""
+        return self._expert(f"experts.{number}")
+
+    def experts(
+        self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, dispatch: Dispatch | None = None
+    ) -> torch.Tensor:
+        """The routed experts' outputs, weighted and summed in F32: ``x``'s shape [tokens, hidden] and dtype.
+
+        A token's outputs are added in ascending order of its experts, so that the sum is the same in every run. The F32
+        sums take 4 bytes a number: for more tokens than fit, call this for a block of them at a time.
+
+        Args:
+            x: [tokens, hidden].
+            ids, shares: as by ``route``.
+            dispatch: that of ``ids``, if it is known already.
+        """
+        dispatch = self.dispatch(ids) if dispatch is None else dispatch
+        chosen = {number: self.expert(number) for number in dispatch.used}
+        self.weights.prefetch([name for expert in chosen.values() for name in expert.names])
+        y = torch.zeros_like(x, dtype=torch.float32)
+        flat = shares.flatten()
+        for number, expert in chosen.items():
+            rows = dispatch.rows(number)
+            output = expert(x.index_select(0, rows)) * flat.index_select(0, dispatch.places(number))[:, None]
+            y.index_add_(0, rows, output)  # no token comes twice, as its experts differ: nothing races
+        return y.to(x.dtype)
+
+    def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and shares by the router's ``logits`` [tokens, experts] F32."""
         arch = self.arch
-        logits = linear(x.float(), self.weights.get(f"{self.prefix}.gate.weight").float())
         scores = logits.sigmoid() if arch.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         ids = self._choose(scores)
         shares = scores.gather(1, ids)
@@ -79,17 +180,6 @@ class MoE:
             if arch.scoring_func == "softmax":
                 return ids, shares  # the published V2 code scales only shares that it did not normalize
         return ids, shares * arch.routed_scaling_factor
-
-    def experts(self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """The routed experts' outputs, weighted and summed in F32: ``x``'s shape [tokens, hidden] and dtype."""
-        chosen = {expert: self._expert(f"experts.{expert}") for expert in sorted(set(ids.flatten().tolist()))}
-        self.weights.prefetch([name for expert in chosen.values() for name in expert.names])
-        y = torch.zeros_like(x, dtype=torch.float32)
-        for expert, mlp in chosen.items():
-            token, slot = (ids == expert).nonzero(as_tuple=True)
-            output = mlp(x[token])
-            y[token] += output * shares[token, slot, None]  # no token comes twice: its experts differ
-        return y.to(x.dtype)
 
     def _choose(self, scores: torch.Tensor) -> torch.Tensor:
         """The ids [tokens, top_k] that the config's ``topk_method`` picks by ``scores`` [tokens, experts]."""

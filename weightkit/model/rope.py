@@ -28,16 +28,26 @@ class Rotation:
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rotate ``x`` [batch, seq, ..., rope], whose pairs are neighbours (x0, x1), (x2, x3), ...
 
         The result, in ``x``'s dtype, holds the pairs' first halves and then their second. The published code re-orders
         so too, and as queries and keys agree, their products do not notice. Computed in F32, rounded once.
+
+        Args:
+            x: what to rotate.
+            out: where to put the result, of ``x``'s shape and dtype; it may be ``x`` itself. None for a new tensor.
         """
         middle = (1,) * (x.dim() - 3)
         cos, sin = (t.view(t.shape[0], *middle, t.shape[1]) for t in (self.cos, self.sin))
-        even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-        return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1).to(x.dtype)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        first = (even * cos).sub_(odd * sin)  # F32, as cos and sin are
+        second = (odd * cos).add_(even * sin)
+        if out is None:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        half = x.shape[-1] // 2
+        out[..., :half], out[..., half:] = first, second
+        return out
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,34 @@ class TensorWeights:
         """Nothing to do."""
 
 
+class Held:
+    """Some of a source's weights, each asked for once and held as long as this object lives.
+
+    For a module that goes over many tokens in parts: a source that keeps nothing would read a weight for every part.
+    """
+
+    def __init__(self, weights: Weights, names: Sequence[str]) -> None:
+        self._weights = weights
+        self._names = frozenset(names)
+        self._held: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str) -> torch.Tensor:
+        """The weight, held if it is one of ``names``. See ``Weights.get``."""
+        if name not in self._names:
+            return self._weights.get(name)
+        if name not in self._held:
+            self._held[name] = self._weights.get(name)
+        return self._held[name]
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """See ``Weights.rows``."""
+        return self._weights.rows(name, ids)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """See ``Weights.prefetch``."""
+        self._weights.prefetch(names)
+
+
 def project(weights: Weights, name: str, x: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
     """``x`` [..., in] times the transpose of the weight ``name`` [out, in]: [..., out], in ``x``'s dtype."""
     if observe is not None:
