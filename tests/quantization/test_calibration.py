@@ -489,8 +489,8 @@ def test_paths_that_hold_no_data(tmp_path: Path) -> None:
 
 def test_ids_beyond_the_vocabulary_are_the_tokenizers_fault(tmp_path: Path) -> None:
     path = texts(tmp_path / "a.jsonl", [1, 2], [3, 50])
-    with pytest.raises(CalibrationError, match=r"a\.jsonl:2: a token id.*expected 0 to 49, found 100"):
-        load(path, vocab_size=50)
+    with pytest.raises(CalibrationError, match=r"a\.jsonl:2: a token id.*expected 0 to 99, found 100"):
+        load(path, vocab_size=100)
 
 
 def test_conversations_need_a_template(tmp_path: Path) -> None:
