@@ -76,8 +76,7 @@ class Attention:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         kept = []
         for part in parts:
-            latents = module.latents(x[part], rotation)
-            out[part] = module._sequences(x[part], rotation, latents)
+            out[part], latents = module._sequences(x[part], rotation)
             if cache is not None:
                 kept.append(latents)
         if cache is not None:
@@ -144,9 +143,10 @@ class Attention:
             outputs.append(causal_attention(query[:, :, group], key, kv[..., nope:], self.softmax_scale))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-    def _sequences(self, x: torch.Tensor, rotation: Rotation, latents: torch.Tensor) -> torch.Tensor:
-        """Attention of one slice of sequences; what it makes on the way is freed when it returns."""
-        return self._project("o_proj", self.expanded(self.queries(x, rotation), latents).flatten(2))
+    def _sequences(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of one slice of sequences, and its latents; all else that it makes is freed when it returns."""
+        query, latents = self.queries(x, rotation), self.latents(x, rotation)
+        return self._project("o_proj", self.expanded(query, latents).flatten(2)), latents
 
     def _head_bytes(self, x: torch.Tensor) -> int:
         """What the expanded form holds of one token and head, in ``x``'s dtype."""
