@@ -21,7 +21,7 @@ import pytest
 from folders import Contents, metadata, read_config, read_published, read_safetensors, tree, without
 from safetensors.torch import load_file
 from sparse import write_sparse
-from tiny import MOONLIGHT, V2_LITE, V3, write_safetensors, write_tiny
+from tiny import MOONLIGHT, V2_LITE, V3, V3_INT4, Gptq, write_safetensors, write_tiny
 
 import weightkit as wk
 from weightkit.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ from weightkit.errors import (
     UnsupportedError,
     WeightkitError,
 )
-from weightkit.family import Architecture, legal_mp
+from weightkit.family import Architecture, legal_mp, legal_tp, tp_problems
 from weightkit.layouts import FileSet, lay_out_published
 from weightkit.writer import make_plan, target
 from weightkit.writer.executor import execute, peak_memory_bytes
@@ -297,6 +297,45 @@ def test_pain_12_another_architecture_is_named(model_type: str | None, way: str,
         WAYS[way](wk.open_checkpoint(tmp_path))
     assert f"found model_type {model_type!r}" in str(caught.value)
     assert "deepseek_v3 (V3, V3-0324, R1" in str(caught.value)
+
+
+def test_pain_15_groups_are_never_split(tmp_path: Path) -> None:
+    """512 columns are 8 groups of 64: 16 ranks would cut them. Told before a byte is read, with the way out."""
+    write_tiny(tmp_path / "int4", replace(V3_INT4, experts=16, hidden=192, gptq=Gptq(group_size=64)))
+    checkpoint = wk.open_checkpoint(tmp_path / "int4")
+    for path in (tmp_path / "int4").glob("*.safetensors"):
+        path.chmod(0o400)
+    with pytest.raises(PlanError) as caught:
+        wk.shard(checkpoint, mp=16)
+    assert str(caught.value) == (
+        "model.layers.1.mlp.shared_experts.down_proj.qweight: 8 groups of 64 columns cannot be split over 16 ranks.\n"
+        "Legal --mp for this int4 checkpoint: 1, 2, 4, 8. Use one of them, or add --to bf16."
+    )
+    wk.shard(wk.cast(checkpoint, "bf16"), mp=16)
+
+
+def test_pain_15_every_rank_has_whole_groups(tmp_path: Path) -> None:
+    """A rank's scales are those of its columns, and merged they are the source's, byte for byte."""
+    contents = without(write_tiny(tmp_path / "int4", V3_INT4), "layers.3.")
+    ranks = write(wk.shard(wk.open_checkpoint(tmp_path / "int4"), mp=4), tmp_path / "mp4")
+    shared, ours = "model.layers.1.mlp.shared_experts.down_proj", "layers.1.ffn.shared_experts.w2"
+    scales = np.frombuffer(contents[f"{shared}.scales"][2], "<f2").reshape(32, 144)
+    for rank in range(4):
+        held = read_safetensors(ranks / f"model{rank}-mp4.safetensors")
+        assert held[f"{ours}.scales"] == ("F16", (8, 144), scales[8 * rank : 8 * rank + 8].tobytes())
+        assert held[f"{ours}.qweight"][1] == (16, 144)
+        groups = np.frombuffer(held[f"{ours}.g_idx"][2], "<i4")
+        assert (groups == np.arange(128) // 16 + 8 * rank).all()
+    assert read_published(write(wk.merge(wk.open_checkpoint(ranks)), tmp_path / "merged")) == contents
+
+
+def test_pain_15_the_degree_that_an_engine_will_have(tmp_path: Path) -> None:
+    """Engines cut experts too: V3's 2048 columns in groups of 1024 are for 2 GPUs, not for 8."""
+    arch = Architecture.from_config(
+        replace(V3_INT4, hidden=7168, moe=2048, shared=1, heads=128, gptq=Gptq(group_size=1024)).config()
+    )
+    assert legal_tp(arch) == (1, 2)
+    assert any("(group size 1024)" in str(problem) for problem in tp_problems(arch, 8))
 
 
 def test_pain_16_a_killed_run_continues(v3: Path, tmp_path: Path) -> None:

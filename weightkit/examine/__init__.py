@@ -5,7 +5,7 @@ declared.py    what the config declares, against what the files hold
 tensors.py     tensors against the blueprint, scales against weights, ranks against each other
 sides.py       code, tokenizer and other small files
 stream.py      files read once for all who want their bytes
-checksums.py, values.py, replicas.py    those who do
+checksums.py, values.py, gptq_values.py, replicas.py    those who do
 verify.py      all of it, in one run and one report
 inspect.py     parameters, bytes, layers, experts, legal degrees
 """

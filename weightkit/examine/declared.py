@@ -10,13 +10,24 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from weightkit.checkpoint.dtypes import TORCH_NAMES
 from weightkit.checkpoint.folder import CONFIG_NAME
 from weightkit.checkpoint.json_file import read_json_object
 from weightkit.errors import ConfigError, MissingFileError, WeightkitError
 from weightkit.examine.survey import attempt
-from weightkit.family import FP8, Architecture, Expected, Role, blueprint, layer_of
+from weightkit.family import (
+    FP8,
+    QUANTIZE_CONFIG_NAME,
+    Architecture,
+    Expected,
+    Quantization,
+    Role,
+    blueprint,
+    layer_of,
+    read_gptq,
+)
 
 #: Above these no blueprint is drawn: a config must not make a list of 10^12 tensors. The largest published member has
 #: 61 layers of 384 experts.
@@ -106,10 +117,12 @@ def reconcile(
     expected = attempt(lambda: blueprint(start), declared.where)
     if isinstance(expected, WeightkitError):
         return None, arch, [*problems, expected]
-    quantization = _quantization_problem(arch, expected, dtypes, declared.where)
-    if quantization is not None:
-        problems.append(quantization)
-        arch = replace(arch, quantization=None if arch.is_fp8 else FP8)
+    untrue = _untrue_quantization(arch, expected, dtypes, declared.where)
+    if untrue is not None:
+        problems.append(untrue.problem)
+        if untrue.stored == "gptq" and untrue.true is None:
+            return None, arch, problems
+        arch = replace(arch, quantization=untrue.true)
         expected = blueprint(arch)
     stored = _stored_dtype(arch, expected, dtypes)
     if stored is not None:
@@ -179,31 +192,69 @@ def _marks_of_layers(names: Set[str], first: int) -> dict[int, set[str]]:
     return marks
 
 
-def _quantization_problem(
+class _Untrue(NamedTuple):
+    """A false statement about quantization; the form that most weights have, and its details as far as they are
+    known."""
+
+    problem: ConfigError
+    stored: str
+    true: Quantization | None
+
+
+def _untrue_quantization(
     arch: Architecture, expected: Mapping[str, Expected], dtypes: Mapping[str, str], where: Path
-) -> ConfigError | None:
-    """Where the config declares FP8 and no weight is, or the other way round."""
-    stored_fp8 = sum(dtype == "F8_E4M3" for dtype in dtypes.values())
-    if arch.is_fp8:
-        others = Counter(dtypes[name] for name, item in expected.items() if item.scale_name and name in dtypes)
-        if stored_fp8 or not others or others.keys() - {"BF16", "F16", "F32"}:
-            return None
-        found = ", ".join(f"{count:,} in {dtype}" for dtype, count in others.items())
-        return ConfigError(
-            "quantization_config declares FP8 weights, and none is",
-            where=where,
-            found=found,
-            fix="Remove quantization_config from config.json, or fetch the FP8 files.",
-        )
+) -> _Untrue | None:
+    """Where the config declares FP8 or GPTQ and no weight is, or the other way round."""
+    fp8 = sum(dtype == "F8_E4M3" for dtype in dtypes.values())
+    gptq = sum(dtype == "I32" and name.endswith(".qweight") for name, dtype in dtypes.items())
     # linear weights are most of what is left without scales: a few strays are problems of their own
-    if 2 * stored_fp8 <= sum(name.endswith("_proj.weight") for name in dtypes):
+    linear = sum(name.endswith("_proj.weight") for name in dtypes)
+    if not arch.is_gptq and 4 * gptq > linear + gptq:
+        return _undeclared_gptq(arch, gptq, where)
+    if arch.is_fp8 or arch.is_gptq:
+        return None if (fp8 if arch.is_fp8 else gptq) else _declared_in_vain(arch, expected, dtypes, where)
+    if 2 * fp8 <= linear:
         return None
-    return ConfigError(
+    problem = ConfigError(
         "no quantization_config, and weights are FP8",
         where=where,
-        found=f"{stored_fp8:,} in F8_E4M3",
+        found=f"{fp8:,} in F8_E4M3",
         fix='Take config.json from the published repository; it has "quant_method": "fp8" in quantization_config.',
     )
+    return _Untrue(problem, "fp8", FP8)
+
+
+def _declared_in_vain(
+    arch: Architecture, expected: Mapping[str, Expected], dtypes: Mapping[str, str], where: Path
+) -> _Untrue | None:
+    """The config declares FP8 or GPTQ, and no weight is."""
+    suffix = ".qweight" if arch.is_gptq else ".weight"
+    weights = (name.removesuffix(suffix) + ".weight" for name, item in expected.items() if item.scale_name)
+    others = Counter(dtypes[name] for name in weights if name in dtypes)
+    known = {"BF16", "F16", "F32"} | ({"F8_E4M3"} if arch.is_gptq else set())
+    if not others or others.keys() - known:
+        return None
+    declared = "GPTQ" if arch.is_gptq else "FP8"
+    problem = ConfigError(
+        f"quantization_config declares {declared} weights, and none is",
+        where=where,
+        found=", ".join(f"{count:,} in {dtype}" for dtype, count in others.items()),
+        fix=f"Remove quantization_config from config.json, or fetch the {declared} files.",
+    )
+    return _Untrue(problem, "fp8", FP8) if "F8_E4M3" in others else _Untrue(problem, "none", None)
+
+
+def _undeclared_gptq(arch: Architecture, count: int, where: Path) -> _Untrue:
+    """Weights are GPTQ, and the config does not say so; ``quantize_config.json`` may."""
+    side = where.parent / QUANTIZE_CONFIG_NAME
+    found = attempt(lambda: read_gptq(read_json_object(side), [], where=str(side)), side)
+    problem = ConfigError(
+        "no GPTQ in quantization_config, and weights are GPTQ",
+        where=where,
+        found=f"{count:,} in I32" + (", and quantization_config of FP8" if arch.is_fp8 else ""),
+        fix=f'Put the dictionary of {QUANTIZE_CONFIG_NAME}, with "quant_method": "gptq", into config.json.',
+    )
+    return _Untrue(problem, "gptq", found if isinstance(found, Quantization) else None)
 
 
 def _stored_dtype(arch: Architecture, expected: Mapping[str, Expected], dtypes: Mapping[str, str]) -> str | None:

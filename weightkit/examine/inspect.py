@@ -14,8 +14,9 @@ from weightkit.checkpoint.lock import read_lock
 from weightkit.errors import NotACheckpointError, PlanError, WeightkitError, printable
 from weightkit.examine.declared import identify
 from weightkit.examine.tensors import SCALE_SUFFIX
-from weightkit.family import Architecture, Expected, Role, blueprint, is_mtp, layer_of, legal_mp
+from weightkit.family import Architecture, Expected, blueprint, is_mtp, layer_of, legal_mp
 from weightkit.layouts import open_checkpoint
+from weightkit.layouts.declare import without_stale_quantization
 from weightkit.manifests import Expectation, Manifest
 from weightkit.units import counted, human_bytes
 
@@ -45,7 +46,7 @@ class Component:
     Attributes:
         name: one of ``COMPONENTS``. All of the MTP layers is ``mtp``, with the embedding and head that they repeat.
         tensors: with block scales.
-        parameters: elements, block scales and stored ``inv_freq`` not counted.
+        parameters: weights: elements, without scales and stored ``inv_freq``; of GPTQ the codes in the words.
         size_bytes: of data, block scales included.
     """
 
@@ -77,14 +78,16 @@ class Inspection:
         files: weight files; None where a manifest does not know.
         tensors, size_bytes: of all tensors, under their published names: what is on several ranks counts once.
         components, dtypes: the same by part and by dtype.
-        parameters: elements that are weights, MTP layers included; block scales are not.
+        parameters: the weights that the tensors stand for, MTP layers included; scales are none.
         main_parameters: without MTP layers: what the model's name says, 671 billion for DeepSeek-V3.
         activated_parameters: what one token's pass through the main model multiplies by: all but the embedding, of
             which it looks one row up, and the routed experts that it does not use.
         layers: number of dense, MoE and MTP layers.
         experts: routed and shared experts a MoE layer, routed experts a token uses, groups and usable groups.
         context_length: ``max_position_embeddings``, in tokens.
-        legal_mp: by dtype, the numbers of ranks that ``shard --mp`` takes.
+        legal_mp: by form (``fp8``, ``int4``, ``bf16``), the numbers of ranks that ``shard --mp`` takes.
+        quantization: of GPTQ weights, ``method``, ``bits``, ``group_size``, ``sym``, ``desc_act`` and
+            ``checkpoint_format``; else empty.
         published_as: manifests whose totals are exactly these.
         differs: of a manifest, what its published totals say otherwise than the blueprint; empty where all match.
         origin: what the folder's lock says made it.
@@ -107,6 +110,7 @@ class Inspection:
     experts: Mapping[str, int]
     context_length: int
     legal_mp: Mapping[str, tuple[int, ...]]
+    quantization: Mapping[str, object] = field(default_factory=dict)
     published_as: tuple[str, ...] = ()
     differs: tuple[str, ...] = ()
     origin: Mapping[str, object] = field(default_factory=dict)
@@ -155,7 +159,7 @@ def inspect(what: str | Path, *, config: str | Path | Mapping[str, object] | Non
 
 def _inspect_path(path: Path, config: str | Path | Mapping[str, object] | None) -> Inspection:
     checkpoint = open_checkpoint(path, config=config)
-    arch = identify(checkpoint.config, path)
+    arch = identify(without_stale_quantization(checkpoint.config, checkpoint.tensors.values()), path)
     if isinstance(arch, WeightkitError):
         raise arch
     items = [_Item(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()]
@@ -213,19 +217,35 @@ def _count(
             "groups_per_token": arch.topk_group,
         },
         context_length=arch.max_position_embeddings,
-        legal_mp={"fp8": legal_mp(arch, fp8=True), "bf16": legal_mp(arch, fp8=False)},
+        legal_mp=_legal_mp(arch),
+        quantization=_quantization(arch),
     )
+
+
+def _legal_mp(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    bf16 = legal_mp(arch, fp8=False)
+    if arch.quantization is not None and arch.is_gptq:
+        return {f"int{arch.quantization.bits}": legal_mp(arch, fp8=False, gptq=True), "bf16": bf16}
+    return {"fp8": legal_mp(arch, fp8=True), "bf16": bf16}
+
+
+def _quantization(arch: Architecture) -> dict[str, object]:
+    found = arch.quantization
+    if found is None or not found.is_gptq:
+        return {}
+    keys = ("method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
+    return {key: getattr(found, key) for key in keys}
 
 
 def _by_component(arch: Architecture, items: Iterable[_Item], records: Mapping[str, Expected]) -> tuple[Component, ...]:
     totals = {name: [0, 0, 0] for name in COMPONENTS}
     for item in items:
         record = records.get(item.name)
-        counted = not item.name.endswith(SCALE_SUFFIX) and (record is None or record.role is not Role.ROTARY)
         part = record.component if record is not None else "other"
         total = totals["mtp" if is_mtp(item.name, arch) else part]
         total[0] += 1
-        total[1] += prod(item.shape) * counted
+        unknown = 0 if item.name.endswith(SCALE_SUFFIX) else prod(item.shape)
+        total[1] += unknown if record is None else record.parameters
         total[2] += dtype_bytes(item.dtype, item.shape)
     return tuple(Component(name, *total) for name, total in totals.items() if total[0])
 
@@ -308,9 +328,24 @@ def _model_facts(found: Inspection) -> list[tuple[str, str]]:
             "experts",
             f"{experts['routed']} routed, {experts['shared']} shared, {experts['per_token']} routed a token{groups}",
         ),
+        *_quantization_facts(found.quantization),
         ("context", f"{found.context_length:,} tokens"),
         *[(f"--mp in {dtype}", ", ".join(map(str, legal))) for dtype, legal in found.legal_mp.items()],
     ]
+
+
+def _quantization_facts(found: Mapping[str, object]) -> list[tuple[str, str]]:
+    if not found:
+        return []
+    group = found["group_size"]
+    facts = [
+        f"int{found['bits']} {str(found['method']).upper()}",
+        "one group an output" if group == -1 else f"groups of {group}",
+        "symmetric" if found["sym"] else "asymmetric",
+        *(["activation order"] if found["desc_act"] else []),
+        *([str(found["checkpoint_format"])] if found["checkpoint_format"] != "gptq" else []),
+    ]
+    return [("quantized", ", ".join(facts))]
 
 
 def _place_facts(found: Inspection) -> list[tuple[str, str]]:

@@ -8,13 +8,22 @@ from pathlib import Path
 
 from weightkit.checkpoint.folder import CONFIG_NAME
 from weightkit.checkpoint.json_file import read_json_object, strings
-from weightkit.errors import FormatError, MissingFileError, WeightkitError
+from weightkit.errors import ConfigError, FormatError, MissingFileError, WeightkitError
 from weightkit.examine.survey import attempt
+from weightkit.family import QUANTIZE_CONFIG_NAME, Quantization, read_gptq
 from weightkit.layouts.ranks import DEMO_CONFIG_NAME
 
-JSON_NAMES = ("generation_config.json", "tokenizer_config.json", "tokenizer.json", DEMO_CONFIG_NAME)
+JSON_NAMES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    DEMO_CONFIG_NAME,
+    QUANTIZE_CONFIG_NAME,
+)
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 TEMPLATE_NAME = "chat_template.jinja"
+_ONE_DICTIONARY = "Write quantization_config of config.json into it, once that is right: engines read either."
+_COMPARED = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "rules", "modules_in_block")
 MAX_CODE_BYTES = 16 << 20
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*from[ \t]+\.(\w+)[ \t]+import", re.MULTILINE)
 
@@ -36,7 +45,35 @@ def side_problems(folder: Path, config: Mapping[str, object] | None) -> tuple[li
             else:
                 contents[name] = value
     problems += _code_problems(folder, contents)
-    return problems, list(_notes(folder, contents.get("tokenizer_config.json", {})))
+    gptq = contents.pop(QUANTIZE_CONFIG_NAME, None)
+    notes = list(_notes(folder, contents.get("tokenizer_config.json", {})))
+    if gptq is not None and config is not None:
+        declared = config.get("quantization_config")
+        if isinstance(declared, Mapping) and declared.get("quant_method") == "gptq":
+            problems += _gptq_problems(folder / QUANTIZE_CONFIG_NAME, gptq, declared)
+        else:
+            notes.append(f"{QUANTIZE_CONFIG_NAME}, and config.json declares no GPTQ")
+    return problems, notes
+
+
+def _gptq_problems(path: Path, side: Mapping[str, object], declared: Mapping[str, object]) -> Iterator[WeightkitError]:
+    """``quantize_config.json`` held against ``quantization_config``: what both say of the tensors must agree."""
+    broken: list[str] = []
+    found = attempt(lambda: read_gptq(side, broken, where=str(path)), path)
+    wanted = attempt(lambda: read_gptq(declared, [], where=CONFIG_NAME), CONFIG_NAME)
+    if isinstance(found, WeightkitError):
+        yield found
+    elif broken:
+        yield ConfigError("not a description of GPTQ", where=path, found="; ".join(broken), fix=_ONE_DICTIONARY)
+    elif isinstance(found, Quantization) and isinstance(wanted, Quantization) and found != wanted:
+        keys = [key for key in _COMPARED if getattr(found, key) != getattr(wanted, key)]
+        yield ConfigError(
+            "not what quantization_config in config.json says",
+            where=path,
+            expected=", ".join(f"{key} {getattr(wanted, key)}" for key in keys),
+            found=", ".join(f"{key} {getattr(found, key)}" for key in keys),
+            fix=_ONE_DICTIONARY,
+        )
 
 
 def _read_json(path: Path) -> Mapping[str, object] | WeightkitError:

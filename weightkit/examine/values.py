@@ -41,8 +41,8 @@ FORMATS = {
     "F32": Format(np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
     "F64": Format(np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
 }
-#: Block scales, by the last component of their published and their demo name.
-SCALE_LEAVES = frozenset(("weight_scale_inv", "scale"))
+#: Scales of blocks, by the last component of their published and their demo name, and of GPTQ's groups.
+SCALE_LEAVES = frozenset(("weight_scale_inv", "scale", "scales"))
 
 
 @dataclass
@@ -116,5 +116,5 @@ class ValueScan:
 
 
 def is_scale(name: str) -> bool:
-    """Whether a tensor holds block scales, by its published or demo name."""
+    """Whether a tensor holds scales, by its published or demo name."""
     return name.rpartition(".")[2] in SCALE_LEAVES

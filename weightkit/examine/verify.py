@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightkit import manifests
+from weightkit.checkpoint import Header
 from weightkit.errors import CheckpointError, FormatError, WeightkitError
 from weightkit.examine.checksums import (
     NONE_KNOWN,
@@ -18,12 +19,13 @@ from weightkit.examine.checksums import (
     size_problems,
 )
 from weightkit.examine.declared import Declared, read_declared, reconcile
+from weightkit.examine.gptq_values import IntegerScan, wishes
 from weightkit.examine.replicas import Digests, Replicas, spans_of
 from weightkit.examine.report import Check, Report
 from weightkit.examine.sides import side_problems
 from weightkit.examine.stream import Consumer, Reading, read_all
 from weightkit.examine.survey import Survey, attempt, survey
-from weightkit.examine.tensors import partner_problems, published_names, replicated, tensor_problems
+from weightkit.examine.tensors import partner_problems, published_names, published_or_none, replicated, tensor_problems
 from weightkit.examine.values import ValueScan
 from weightkit.family import Architecture, Expected
 from weightkit.manifests import Manifest
@@ -53,7 +55,8 @@ def verify(
         config: the model's ``config.json`` (a path or its content) where the folder has none.
         manifest: the name of the published checkpoint that this must be; its totals and checksums are checked too.
         quick: read headers only, no tensor data.
-        values: look at every weight and scale for NaN, Inf and scales that are not positive.
+        values: look at every weight and scale for NaN, Inf and scales that are not positive; of GPTQ at group numbers
+            and zero points too.
         jobs: files read at once; default the usable cores.
         progress: show a bar while tensor data is read.
 
@@ -238,7 +241,8 @@ class _Run:
         self.hashed_bytes = sum(known.files[name].size_bytes for name in hashed)
         self._say_checksums(known, hashed, quick=quick)
         if values:
-            self._did("values", "every float, for NaN and Inf; scales, for being positive")
+            more = "; group numbers and zero points" if self.arch is not None and self.arch.is_gptq else ""
+            self._did("values", f"every float, for NaN and Inf; scales, for being positive{more}")
         else:
             self._did_not("values", "not asked for")
 
@@ -268,6 +272,22 @@ class _Run:
         )
         return Replicas(same, {file: Digests(header, same) for file, header in headers.items()})
 
+    def _integer_scan(self, file: str, header: Header) -> list[Consumer]:
+        """For a file of a GPTQ checkpoint."""
+        arch, expected, ranks = self.arch, self.expected, self.survey.ranks
+        if arch is None or expected is None or arch.quantization is None or not arch.is_gptq:
+            return []
+        cut = ranks if ranks is not None and ranks.kind == "mp" else None
+        wished = wishes(
+            header,
+            expected,
+            arch.quantization,
+            published=str if ranks is None else published_or_none,
+            rank=cut.names().index(file) if cut is not None else 0,
+            ranks=cut.size if cut is not None else 1,
+        )
+        return [IntegerScan(file, header, wished)] if wished else []
+
     def _readings(self, known: Known, hashed: list[str], replicas: Replicas | None, *, values: bool) -> list[Reading]:
         readings: list[Reading] = []
         headers = self.survey.scan.headers
@@ -279,7 +299,7 @@ class _Run:
                 consumers.append(replicas.by_file[name])
                 spans = spans_of(header, replicas.names)
             if header is not None and values:
-                consumers.append(ValueScan(name, header))
+                consumers += [ValueScan(name, header), *self._integer_scan(name, header)]
                 spans = [(header.data_offset, header.file_size)]
             if name in hashed:
                 consumers.append(Sha256(path, known.files[name], known.source))
