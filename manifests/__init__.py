@@ -18,6 +18,9 @@ One TOML file a checkpoint: ``NAME.toml``, or ``NAME/manifest.toml`` for one tha
     dataset = "owner/name"
     revision = "..."
     samples, seq_len              # optional: how much of it, where that is not the usual
+    [smoke]                       # optional: what a smoke test may expect
+    perplexity = {fp8 = 12.3}     # a token of PASSAGE, by form
+    answers = [["What is 17 + 25?", "42"]]      # a user's messages with the exact answers
 
 Nothing here knows what the fields mean: ``weightkit.family.Architecture.from_config(manifest.config)`` does.
 """
@@ -37,7 +40,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["CalibrationData", "Expectation", "Hub", "Manifest", "load", "names"]
+__all__ = ["CalibrationData", "Expectation", "Hub", "Manifest", "Smoke", "load", "names", "passage"]
 
 _FOLDER = Path(__file__).parent
 _HUBS = ("huggingface", "modelscope")
@@ -94,6 +97,19 @@ class CalibrationData:
 
 
 @dataclass(frozen=True, slots=True)
+class Smoke:
+    """What a smoke test of a checkpoint may expect.
+
+    Attributes:
+        answers: a user's messages with the exact answers to them, greedy and through the chat template.
+        perplexity: of ``passage()``, a token, by form (``fp8``, ``bf16``); empty where it was not measured.
+    """
+
+    answers: tuple[tuple[str, str], ...] = ()
+    perplexity: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A known checkpoint.
 
@@ -107,6 +123,7 @@ class Manifest:
         files: the manifest's ``[files]`` table as it stands.
         evaluation: the manifest's ``[evaluation]`` table as it stands.
         calibration: the text to calibrate with; None where the manifest names none.
+        smoke: what a smoke test may expect; None where nothing is known.
     """
 
     name: str
@@ -118,6 +135,13 @@ class Manifest:
     files: Mapping[str, object] = field(default_factory=dict)
     evaluation: Mapping[str, object] = field(default_factory=dict)
     calibration: CalibrationData | None = None
+    smoke: Smoke | None = None
+
+
+def passage() -> str:
+    """The text that every model's perplexity is measured on: a few paragraphs in English, Chinese and Python, written
+    for this. Nothing of it may change: the manifests' figures belong to it."""
+    return (_FOLDER / "passage.txt").read_text(encoding="utf-8")
 
 
 def names() -> tuple[str, ...]:
@@ -172,7 +196,16 @@ class _Parser:
             files=self.table(data, "files") if "files" in data else {},
             evaluation=self.table(data, "evaluation") if "evaluation" in data else {},
             calibration=self.calibration(self.table(data, "calibration")) if "calibration" in data else None,
+            smoke=self.smoke(self.table(data, "smoke")) if "smoke" in data else None,
         )
+
+    def smoke(self, data: Mapping[str, object]) -> Smoke:
+        pairs, figures = data.get("answers", []), data.get("perplexity", {})
+        if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+            raise self.error("answers", "pairs of texts", pairs)
+        if not isinstance(figures, dict) or not all(isinstance(value, float) for value in figures.values()):
+            raise self.error("perplexity", "a table of figures", figures)
+        return Smoke(tuple((prompt, answer) for prompt, answer in pairs), figures)
 
     def calibration(self, data: Mapping[str, object]) -> CalibrationData:
         file, published = self.text(data, "file"), "dataset" in data
@@ -226,3 +259,7 @@ class _Parser:
             found=repr(found),
             fix=_RESTORE,
         )
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) and text for text in value)

@@ -22,6 +22,7 @@ ORDER = (
     ("__main__",),
     ("cli",),
     ("demo",),
+    ("smoke",),
     ("hub",),
     ("workspace",),
     ("examine",),
