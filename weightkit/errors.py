@@ -31,9 +31,12 @@
     ├── CalibrationError            calibration data that is missing, damaged or too little
     ├── QuantizationError           weights that cannot be quantized: NaN, inputs that are not finite
     ├── DeviceError                 a device that is absent or cannot do what was asked
-    └── GenerationError             text could not be generated
-        ├── TokenizerError          no usable tokenizer or chat template
-        └── NonFiniteError          NaN or Inf in logits
+    ├── GenerationError             text could not be generated
+    │   ├── TokenizerError          no usable tokenizer or chat template
+    │   └── NonFiniteError          NaN or Inf in logits
+    └── ServingError                a server of a checkpoint
+        ├── EndpointError           it does not answer, or with errors, or with what is no answer
+        └── EngineError             it does not start, ends by itself, or never becomes ready
 
 Each one says what went wrong, where, what was expected and found, and what to do next. The command line catches
 ``WeightkitError`` alone: anything else is a defect of ours.
@@ -217,6 +220,18 @@ class TokenizerError(GenerationError):
 
 class NonFiniteError(GenerationError):
     """The logits hold NaN or Inf."""
+
+
+class ServingError(WeightkitError):
+    """A checkpoint could not be served, or its server does not work."""
+
+
+class EndpointError(ServingError):
+    """A server does not answer, or with an error, or with what is no answer."""
+
+
+class EngineError(ServingError):
+    """An engine does not start, ended by itself, or never became ready."""
 
 
 class Problems(CheckpointError):  # noqa: N818 - the plural says it
