@@ -204,11 +204,12 @@ def factorize(
         attempts: factorizations tried, each with ``growth`` times the damping of the last.
 
     Raises:
-        ArithmeticError: inputs that are not finite, or no factorization that succeeded, whatever the damping.
+        FloatingPointError: inputs that are not finite.
+        ArithmeticError: no factorization that succeeded, whatever the damping.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
-        raise ArithmeticError("the inputs hold NaN or Inf, or their squares do not fit F32")
+        raise FloatingPointError("the inputs hold NaN or Inf, or their squares do not fit F32")
     if act_order:
         order = torch.argsort(diagonal, stable=True)
     else:
@@ -216,11 +217,10 @@ def factorize(
     mean = diagonal.mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     for attempt in range(attempts):
-        # The upper factor's transpose: cuSOLVER fills column by column, and so each position's ratios are contiguous.
-        factor, failed = torch.linalg.cholesky_ex(reorder(hessian, order, damping * mean), upper=True)
+        factor, failed = torch.linalg.cholesky_ex(reorder(hessian, order, damping * mean))
         if not int(failed):
-            ratios = (factor.mT / factor.diagonal()).contiguous()
-            return Factor(order, ratios, damping, attempt)
+            # cuSOLVER fills it column by column; a position's ratios are read together
+            return Factor(order, (factor / factor.diagonal()).contiguous(), damping, attempt)
         if attempt + 1 < attempts:
             damping = max(damping, 1e-4) * growth
     raise ArithmeticError(f"the Hessian has no Cholesky factor, with damping up to {damping:g} of its mean diagonal")
@@ -235,7 +235,7 @@ def reorder(hessian: torch.Tensor, order: torch.Tensor, added: torch.Tensor) -> 
         return ordered
     k = len(hessian)
     out = torch.empty_like(hessian)
-    _reorder_kernel[(triton.cdiv(k, 16), triton.cdiv(k, 128))](hessian, order, out, added, k, BLOCK_I=16, BLOCK_J=128)
+    _reorder_kernel[(k, triton.cdiv(k, 1024))](hessian, order, out, added, k, BLOCK_I=1, BLOCK_J=1024)
     return out
 
 

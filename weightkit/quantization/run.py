@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version as version_of
 from pathlib import Path
 
 import torch
+import triton
 
+import weightkit
 from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.checkpoint import stored_tensors
 from weightkit.errors import Interrupted, SpaceError
@@ -305,7 +306,7 @@ def _report(job: Job, layers: list[LayerReport], resumed: list[int], wall_s: flo
         title=job.title,
         source=str(plan.exact.root),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        versions={name: version_of(name) for name in ("weightkit", "torch", "triton")},
+        versions={"weightkit": weightkit.__version__, "torch": torch.__version__, "triton": triton.__version__},
         device=torch.cuda.get_device_name(job.device) if on_gpu else "cpu",
         gpus=job.ranks.size if on_gpu else 0,
         settings=QuantizationSettings(
