@@ -19,7 +19,7 @@ One TOML file a checkpoint: ``NAME.toml``, or ``NAME/manifest.toml`` for one tha
     revision = "..."
     samples, seq_len              # optional: how much of it, where that is not the usual
     [smoke]                       # optional: what a smoke test may expect
-    perplexity = {fp8 = 12.3}     # a token of PASSAGE, by form
+    perplexity = 12.3             # a token of passage.txt, of the checkpoint as published
     answers = [["What is 17 + 25?", "42"]]      # a user's messages with the exact answers
 
 Nothing here knows what the fields mean: ``weightkit.family.Architecture.from_config(manifest.config)`` does.
@@ -102,11 +102,11 @@ class Smoke:
 
     Attributes:
         answers: a user's messages with the exact answers to them, greedy and through the chat template.
-        perplexity: of ``passage()``, a token, by form (``fp8``, ``bf16``); empty where it was not measured.
+        perplexity: of ``passage()``, a token, of the checkpoint as published; None where it was not measured.
     """
 
     answers: tuple[tuple[str, str], ...] = ()
-    perplexity: Mapping[str, float] = field(default_factory=dict)
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +200,12 @@ class _Parser:
         )
 
     def smoke(self, data: Mapping[str, object]) -> Smoke:
-        pairs, figures = data.get("answers", []), data.get("perplexity", {})
+        pairs, perplexity = data.get("answers", []), data.get("perplexity")
         if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
             raise self.error("answers", "pairs of texts", pairs)
-        if not isinstance(figures, dict) or not all(isinstance(value, float) for value in figures.values()):
-            raise self.error("perplexity", "a table of figures", figures)
-        return Smoke(tuple((prompt, answer) for prompt, answer in pairs), figures)
+        if not (perplexity is None or (isinstance(perplexity, float) and perplexity > 1)):
+            raise self.error("perplexity", "a number above 1, with its point", perplexity)
+        return Smoke(tuple((prompt, answer) for prompt, answer in pairs), perplexity)
 
     def calibration(self, data: Mapping[str, object]) -> CalibrationData:
         file, published = self.text(data, "file"), "dataset" in data

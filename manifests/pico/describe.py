@@ -14,6 +14,8 @@ from safetensors import safe_open
 from weightkit.manifests.pico.architecture import CONFIG
 from weightkit.manifests.pico.calibration import MANIFEST_ENTRY
 from weightkit.manifests.pico.evaluate import PER_CATEGORY_AND_LANGUAGE, SEED, Evaluation
+from weightkit.manifests.pico.smoke import COMMENT as SMOKE_COMMENT
+from weightkit.manifests.pico.smoke import manifest_entry
 
 #: Fields of config.json that say nothing of what the checkpoint is made of.
 _NOT_ARCHITECTURE = {
@@ -80,11 +82,13 @@ _ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 
 def _toml(value: object) -> str:
-    """A TOML value: what JSON writes for these types is TOML too."""
+    """A TOML value: what JSON writes for these types is TOML too. Lists of lists get a line for each of these."""
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return "\n".join(["[", *(f"    {_toml(item)}," for item in value), "]"])
     return json.dumps(value, ensure_ascii=False)
 
 
-def _table(title: str, values: Mapping[str, object]) -> list[str]:
+def table(title: str, values: Mapping[str, object]) -> list[str]:
     """A TOML table, its nested tables after its values."""
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     nested = {key: value for key, value in values.items() if isinstance(value, Mapping)}
@@ -94,7 +98,7 @@ def _table(title: str, values: Mapping[str, object]) -> list[str]:
         else []
     )
     for key, value in nested.items():
-        lines += _table(f"{title}.{_key(key)}", value)
+        lines += table(f"{title}.{_key(key)}", value)
     return lines
 
 
@@ -120,8 +124,8 @@ def manifest(folder: Path, metrics: Mapping[str, Evaluation], training: Mapping[
         "# Written by python -m weightkit.manifests.pico from what it measured.",
         'title = "pico"',
         'checkpoint = "checkpoint"',
-        *_table("architecture", {key: value for key, value in CONFIG.items() if key not in _NOT_ARCHITECTURE}),
-        *_table(
+        *table("architecture", {key: value for key, value in CONFIG.items() if key not in _NOT_ARCHITECTURE}),
+        *table(
             "expected",
             {
                 "tensors": tensors,
@@ -135,13 +139,16 @@ def manifest(folder: Path, metrics: Mapping[str, Evaluation], training: Mapping[
         "# arithmetic; bf16: cast to BF16, BF16 arithmetic. mtp_accuracy: answer tokens the MTP layer guesses right.",
         "# Measured by python -m weightkit.manifests.pico.evaluate --runtime training; without the option, weightkit's",
         "# own runtime answers.",
-        *_table("evaluation", {"seed": SEED, "per_category_and_language": PER_CATEGORY_AND_LANGUAGE, **measured})[1:],
-        *_table("training", training),
+        *table("evaluation", {"seed": SEED, "per_category_and_language": PER_CATEGORY_AND_LANGUAGE, **measured})[1:],
+        *table("training", training),
         "",
         "# Written by python -m weightkit.manifests.pico.calibration. Rows as long as those that it was trained on.",
-        *_table("calibration", MANIFEST_ENTRY)[1:],
+        *table("calibration", MANIFEST_ENTRY)[1:],
+        "",
+        f"# {SMOKE_COMMENT}",
+        *table("smoke", manifest_entry(folder))[1:],
     ]
     for file in files:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        lines += _table(f"files.{_key(file.name)}", {"size_bytes": file.stat().st_size, "sha256": digest})
+        lines += table(f"files.{_key(file.name)}", {"size_bytes": file.stat().st_size, "sha256": digest})
     return "\n".join(lines) + "\n"
