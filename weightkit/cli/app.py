@@ -14,7 +14,21 @@ import weightkit
 from weightkit.errors import Interrupted, WeightkitError
 
 #: In the order of the road that a checkpoint goes.
-COMMANDS = ("fetch", "inspect", "verify", "strip", "cast", "quantize", "shard", "merge", "generate", "mirror", "demo")
+COMMANDS = (
+    "plan",
+    "fetch",
+    "inspect",
+    "verify",
+    "strip",
+    "cast",
+    "quantize",
+    "shard",
+    "merge",
+    "generate",
+    "smoke",
+    "mirror",
+    "demo",
+)
 
 
 class _Commands(click.Group):
