@@ -31,6 +31,7 @@
     ├── CalibrationError            calibration data that is missing, damaged or too little
     ├── QuantizationError           weights that cannot be quantized: NaN, inputs that are not finite
     ├── DeviceError                 a device that is absent or cannot do what was asked
+    │   └── RankError               one of several processes is gone, does not answer, or failed
     ├── GenerationError             text could not be generated
     │   ├── TokenizerError          no usable tokenizer or chat template
     │   └── NonFiniteError          NaN or Inf in logits
@@ -208,6 +209,10 @@ class QuantizationError(WeightkitError):
 
 class DeviceError(WeightkitError):
     """A device is absent or cannot do what was asked."""
+
+
+class RankError(DeviceError):
+    """One of several processes that work together is gone, does not answer, or failed."""
 
 
 class GenerationError(WeightkitError):

@@ -96,7 +96,7 @@ class GroupDequantized:
 
     GPTQ stores the transpose. A word of 32 bits holds ``32 // bits`` codes, the first in its lowest bits: ``qweight``
     packs neighbours along K, ``qzeros`` along N, so N and K are multiples of that. A zero is the stored one plus
-    ``zero_offset``, modulo ``2**bits``. ``g_idx`` counts from the first group that ``scales`` holds.
+    ``zero_offset``, modulo ``2**bits``. ``g_idx`` calls the first group that ``scales`` holds ``first_group``.
 
     Attributes:
         qweight: I32 [K * bits / 32, N].
@@ -105,6 +105,7 @@ class GroupDequantized:
         g_idx: I32 [K], the group of each input.
         bits: 4 or 8.
         zero_offset: 1 where ``checkpoint_format`` is ``gptq`` (what AutoGPTQ writes), 0 for ``gptq_v2``.
+        first_group: above 0 where groups were left out before those that ``scales`` and ``qzeros`` hold.
     """
 
     qweight: LazyTensor
@@ -114,6 +115,7 @@ class GroupDequantized:
     bits: int
     zero_offset: int
     dtype: str
+    first_group: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -250,6 +252,21 @@ def _narrow_groups(tensor: GroupDequantized, dim: int, start: int, length: int) 
     )
 
 
+def narrow_with_groups(tensor: GroupDequantized, start: int, length: int) -> LazyTensor:
+    """``tensor[:, start : start + length]`` from those groups alone that hold these inputs, where groups are of
+    neighbours and begin and end with the part; else as ``narrow``.
+
+    Reading it raises ``ScaleError`` where groups are of other inputs after all.
+    """
+    part, groups = narrow(tensor, 1, start, length), tensor.scales.shape[0]
+    size, rest = divmod(tensor.shape[1], groups)
+    if not isinstance(part, GroupDequantized) or groups == 1 or rest or start % size or length % size:
+        return part
+    first, count = start // size, length // size
+    qzeros, scales = narrow(part.qzeros, 0, first, count), narrow(part.scales, 0, first, count)
+    return replace(part, qzeros=qzeros, scales=scales, first_group=part.first_group + first)
+
+
 def _narrow_concat(parts: tuple[LazyTensor, ...], joined: int, dim: int, start: int, length: int) -> LazyTensor:
     if joined != dim:
         return concat([narrow(part, dim, start, length) for part in parts], joined)
@@ -318,7 +335,8 @@ def _join_groups(left: LazyTensor, right: LazyTensor, dim: int) -> LazyTensor | 
     if before is None or after is None:
         return None
     (source, start, length), (rest, skipped, more) = before, after
-    if (source.bits, source.zero_offset, source.dtype) != (rest.bits, rest.zero_offset, rest.dtype):
+    forms = [(side.bits, side.zero_offset, side.dtype, side.first_group) for side in (source, rest)]
+    if forms[0] != forms[1]:
         return None
     size, per_word, following = source.shape[dim], source.codes_per_word, rest.shape[dim]
     unused = size - start - length + skipped

@@ -97,6 +97,7 @@ def read_packed(tensor: GroupDequantized, reader: Reader, engine: Engine) -> Pac
         return reader.read(part, engine.buffer(purpose, size_bytes(part)))
 
     g_idx = read(tensor.g_idx, "g_idx").view(np.int32)
+    g_idx -= np.int32(tensor.first_group)
     require_groups(g_idx, tensor.scales.shape[0], where=next(stored_parts(tensor.g_idx)).path)
     return PackedWeight(
         read(tensor.qweight, "qweight").view(np.int32).reshape(tensor.qweight.shape),

@@ -10,6 +10,6 @@ Whatever the layout, an opened checkpoint answers to the published names. A furt
 from weightkit.layouts.fileset import FileSet
 from weightkit.layouts.opening import open_checkpoint
 from weightkit.layouts.published import lay_out_published
-from weightkit.layouts.ranks import lay_out_expert_ranks, lay_out_ranks
+from weightkit.layouts.ranks import lay_out_expert_ranks, lay_out_ranks, rank_share
 
-__all__ = ["FileSet", "lay_out_expert_ranks", "lay_out_published", "lay_out_ranks", "open_checkpoint"]
+__all__ = ["FileSet", "lay_out_expert_ranks", "lay_out_published", "lay_out_ranks", "open_checkpoint", "rank_share"]

@@ -17,12 +17,15 @@ NOT_FINISHED = "the writing of this folder was not finished"
 CONTINUE = "Run the command that fills this folder again: it continues where it stopped."
 
 
-def open_checkpoint(path: str | Path, *, config: str | Path | Mapping[str, object] | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, config: str | Path | Mapping[str, object] | None = None, replicas_of: int = 0
+) -> Checkpoint:
     """Open a checkpoint in any layout. Headers are read, tensor data is not.
 
     Args:
         path: a folder in the published layout or of rank files, or one safetensors file.
         config: the model's ``config.json`` (a path or its content) where the folder has none.
+        replicas_of: of rank files, the rank whose file what all of them hold is read from.
 
     Raises:
         NotACheckpointError: nothing recognisable at the path; says what was found.
@@ -37,7 +40,7 @@ def open_checkpoint(path: str | Path, *, config: str | Path | Mapping[str, objec
     if (path / INDEX_NAME).is_file():
         return open_published(path, _config(path, config))
     if rank_sets(path):
-        return open_ranks(path, _config(path, config))
+        return open_ranks(path, _config(path, config), replicas_of=replicas_of)
     if (path / SINGLE_NAME).is_file():
         return open_single(path / SINGLE_NAME, _config(path, config))
     raise nothing_at(path)

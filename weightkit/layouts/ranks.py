@@ -4,13 +4,15 @@ Expert-parallel files, ``model{rank}-ep{N}.safetensors``, hold a share of the ro
 whole.
 
 GPTQ weights are cut between words and groups; a rank's part of ``g_idx`` keeps the group numbers of the whole, so that
-cutting and joining only move bytes. Who computes from one rank's file alone takes the first number from all of them.
+cutting and joining only move bytes. Who computes from one rank's file alone takes the first number from all of them, as
+``rank_share`` has it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +20,14 @@ from weightkit.checkpoint import Checkpoint, Header
 from weightkit.checkpoint.checkpoint import stored_tensors
 from weightkit.checkpoint.folder import SideFile, side_files
 from weightkit.checkpoint.json_file import json_bytes
-from weightkit.checkpoint.tensors import LazyTensor, Stored, concat, narrow
+from weightkit.checkpoint.tensors import (
+    GroupDequantized,
+    LazyTensor,
+    Stored,
+    concat,
+    narrow,
+    narrow_with_groups,
+)
 from weightkit.errors import CheckpointError, MissingTensorError, TensorError, WeightkitError, raise_all
 from weightkit.family import (
     Architecture,
@@ -61,8 +70,11 @@ def rank_sets(folder: Path) -> list[RankSet]:
     return sorted({RankSet(match["kind"], int(match["count"])) for match in matches if match})
 
 
-def open_ranks(folder: Path, config: Mapping[str, object]) -> Checkpoint:
-    """Open rank files as one checkpoint: split tensors joined, experts gathered, replicas taken from rank 0.
+def open_ranks(folder: Path, config: Mapping[str, object], *, replicas_of: int = 0) -> Checkpoint:
+    """Open rank files as one checkpoint: split tensors joined, experts gathered, replicas taken from one rank.
+
+    Args:
+        replicas_of: the rank; the first where there is no such rank.
 
     Raises:
         MissingFileError: a rank's file is not there.
@@ -82,7 +94,8 @@ def open_ranks(folder: Path, config: Mapping[str, object]) -> Checkpoint:
     headers = [scan.headers[name] for name in sets[0].names()]
     config = _true_of_ranks(config, folder, headers)
     expected = blueprint(Architecture.from_config(config, where=str(folder / "config.json")))
-    tensors, problems = gather(folder, headers, sets[0], expected)
+    replicas_of = replicas_of if replicas_of < sets[0].size else 0
+    tensors, problems = gather(folder, headers, sets[0], expected, replicas_of=replicas_of)
     raise_all("the ranks do not fit together", problems or list(unfit(tensors, expected)), where=folder)
     ordered = {name: tensors[name] for name in expected if name in tensors}
     layout = f"{sets[0].size} {sets[0].kind} ranks"
@@ -103,7 +116,7 @@ def _side_files(folder: Path) -> dict[str, SideFile]:
 
 
 def gather(
-    folder: Path, headers: list[Header], ranks: RankSet, expected: Mapping[str, Expected]
+    folder: Path, headers: list[Header], ranks: RankSet, expected: Mapping[str, Expected], *, replicas_of: int = 0
 ) -> tuple[dict[str, LazyTensor], list[WeightkitError]]:
     """Published name to tensor, and what keeps others from being gathered."""
     held: dict[str, dict[int, Stored]] = {}
@@ -117,13 +130,13 @@ def gather(
             name = to_published(demo_name)
             if name not in expected:
                 raise CheckpointError("a tensor that the config does not call for", where=f"{folder}: {demo_name}")
-            tensors[name] = _join(name, parts, ranks.size, expected[name])
+            tensors[name] = _join(name, parts, ranks.size, expected[name], replicas_of)
         except WeightkitError as problem:
             problems.append(problem)
     return tensors, problems
 
 
-def _join(name: str, parts: Mapping[int, Stored], ranks: int, expected: Expected) -> LazyTensor:
+def _join(name: str, parts: Mapping[int, Stored], ranks: int, expected: Expected, replicas_of: int) -> LazyTensor:
     if expected.expert is not None and len(parts) == 1:
         (part,) = parts.values()
         if part.shape != expected.shape:
@@ -136,7 +149,7 @@ def _join(name: str, parts: Mapping[int, Stored], ranks: int, expected: Expected
         )
     ordered = [parts[rank] for rank in range(ranks)]
     if all(part.shape == expected.shape for part in ordered):
-        return ordered[0]
+        return ordered[replicas_of]
     if expected.split_dim is not None:
         try:
             joined = concat(ordered, expected.split_dim)
@@ -159,17 +172,42 @@ def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
     """
     arch = architecture_of(checkpoint)
     require_mp(arch, mp, fp8="F8_E4M3" in checkpoint.dtypes, gptq=arch.is_gptq)
-    owners = {expert: rank for rank, owned in enumerate(expert_ranges(arch.n_routed_experts, mp)) for expert in owned}
+    owned = expert_ranges(arch.n_routed_experts, mp)
 
     def share(tensor: LazyTensor, expected: Expected, rank: int) -> LazyTensor | None:
-        if expected.expert is not None:
-            return tensor if owners[expected.expert] == rank else None
-        if expected.split_dim is None:
-            return tensor
-        length = tensor.shape[expected.split_dim] // mp
-        return narrow(tensor, expected.split_dim, rank * length, length)
+        return _share_of_rank(tensor, expected, rank, mp, owned[rank])
 
     return _lay_out(checkpoint, arch, RankSet("mp", mp), share)
+
+
+def rank_share(checkpoint: Checkpoint, rank: int, mp: int) -> Checkpoint:
+    """What ``rank`` of ``mp`` model-parallel ranks computes with: its parts of split tensors and its experts, under the
+    published names, in whatever form they are. No MTP layers.
+
+    Of ``mp`` rank files, opened with this rank's replicas, it is what this rank's file holds and nothing else. Raises
+    ``PlanError`` where the degree does not divide it.
+    """
+    arch = architecture_of(checkpoint)
+    require_mp(arch, mp, fp8="F8_E4M3" in checkpoint.dtypes, gptq=arch.is_gptq)
+    owned, expected = expert_ranges(arch.n_routed_experts, mp)[rank], blueprint(arch)
+    shares = (
+        (name, _share_of_rank(tensor, expected[name], rank, mp, owned))
+        for name, tensor in checkpoint.tensors.items()
+        if name in expected and not expected[name].mtp
+    )
+    return replace(checkpoint, tensors={name: tensor for name, tensor in shares if tensor is not None})
+
+
+def _share_of_rank(tensor: LazyTensor, expected: Expected, rank: int, mp: int, owned: range) -> LazyTensor | None:
+    """None for an expert that is not among ``owned``."""
+    if expected.expert is not None:
+        return tensor if expected.expert in owned else None
+    if expected.split_dim is None:
+        return tensor
+    length = tensor.shape[expected.split_dim] // mp
+    if isinstance(tensor, GroupDequantized) and expected.split_dim == 1:
+        return narrow_with_groups(tensor, rank * length, length)
+    return narrow(tensor, expected.split_dim, rank * length, length)
 
 
 def lay_out_expert_ranks(checkpoint: Checkpoint, ep: int) -> FileSet:

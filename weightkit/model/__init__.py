@@ -8,10 +8,12 @@ from weightkit.model.checkpoint_weights import CheckpointWeights
 from weightkit.model.mlp import Dispatch, GatedMLP, MoE
 from weightkit.model.model import AfterLayer, Layer, Model
 from weightkit.model.norm import rms_norm
+from weightkit.model.parallel import ALONE, Parallel
 from weightkit.model.rope import Rope, Rotation
 from weightkit.model.weights import Held, Observer, TensorWeights, Weights, project
 
 __all__ = [
+    "ALONE",
     "AfterLayer",
     "Attention",
     "CheckpointWeights",
@@ -24,6 +26,7 @@ __all__ = [
     "MoE",
     "Model",
     "Observer",
+    "Parallel",
     "Rope",
     "Rotation",
     "TensorWeights",

@@ -25,6 +25,7 @@ from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
 from weightkit.model.cache import LayerCache
 from weightkit.model.norm import LATENT_EPS, rms_norm
+from weightkit.model.parallel import ALONE, Parallel
 from weightkit.model.rope import Rotation
 from weightkit.model.weights import Held, Observer, Weights, project
 
@@ -51,16 +52,27 @@ _CUDNN_ANY_LENGTH = 91_500
 
 
 class Attention:
-    """The attention of one layer. ``prefix`` is such as ``model.layers.3.self_attn``."""
+    """The attention of one layer. ``prefix`` is such as ``model.layers.3.self_attn``.
+
+    Among several ranks each has a part of the heads, which is what "heads" means below; what it returns is whole.
+    """
 
     def __init__(
-        self, arch: Architecture, prefix: str, weights: Weights, softmax_scale: float, observe: Observer | None = None
+        self,
+        arch: Architecture,
+        prefix: str,
+        weights: Weights,
+        softmax_scale: float,
+        observe: Observer | None = None,
+        parallel: Parallel = ALONE,
     ) -> None:
         self.arch = arch
         self.prefix = prefix
         self.weights = weights
         self.softmax_scale = softmax_scale
         self.observe = observe
+        self.parallel = parallel
+        self.heads = len(parallel.share_of(arch.num_attention_heads))
 
     def __call__(self, x: torch.Tensor, rotation: Rotation, cache: LayerCache | None = None) -> torch.Tensor:
         """Causal attention of ``x`` [batch, seq, hidden] over the cached tokens and itself: [batch, seq, hidden].
@@ -70,7 +82,7 @@ class Attention:
         if cache is not None and cache.length > 0:
             query = self.queries(x, rotation)
             latents = cache.append(self.latents(x, rotation))
-            return self._project("o_proj", self._absorbed(query, latents).flatten(2))
+            return self._outputs(self._absorbed(query, latents))
         parts = list(self.slices(x))
         module = self if len(parts) == 1 else self.holding()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -98,7 +110,7 @@ class Attention:
 
     def slices(self, x: torch.Tensor) -> Iterator[slice]:
         """The slices of the batch of ``x`` [batch, seq, hidden] in which whole sequences go through."""
-        a_sequence = max(1, x.shape[1] * self.arch.num_attention_heads * self._head_bytes(x))
+        a_sequence = max(1, x.shape[1] * self.heads * self._head_bytes(x))
         step = 1 if x.shape[1] >= LONE_TOKENS else max(1, PREFILL_SIZE_BYTES // a_sequence)
         return (slice(start, min(start + step, x.shape[0])) for start in range(0, x.shape[0], step))
 
@@ -109,7 +121,7 @@ class Attention:
             q = self._project("q_proj", x)
         else:
             q = self._project("q_b_proj", self._norm("q_a_layernorm", self._project("q_a_proj", x)))
-        q = q.view(*q.shape[:-1], arch.num_attention_heads, arch.qk_head_dim)
+        q = q.view(*q.shape[:-1], self.heads, arch.qk_head_dim)
         turning = q[..., arch.qk_nope_head_dim :]
         rotation.apply(turning, out=turning)
         return q
@@ -146,7 +158,11 @@ class Attention:
     def _sequences(self, x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of one slice of sequences, and its latents; all else that it makes is freed when it returns."""
         query, latents = self.queries(x, rotation), self.latents(x, rotation)
-        return self._project("o_proj", self.expanded(query, latents).flatten(2)), latents
+        return self._outputs(self.expanded(query, latents)), latents
+
+    def _outputs(self, heads: torch.Tensor) -> torch.Tensor:
+        """What the layer makes of the ``heads`` [batch, seq, heads, v] of all ranks: [batch, seq, hidden]."""
+        return self.parallel.sum(self._project("o_proj", heads.flatten(2)))
 
     def _head_bytes(self, x: torch.Tensor) -> int:
         """What the expanded form holds of one token and head, in ``x``'s dtype."""
@@ -195,7 +211,7 @@ class Attention:
     def _kv_b(self) -> torch.Tensor:
         """``kv_b_proj.weight`` by head: [heads, nope + v, kv_lora]."""
         weight = self.weights.get(f"{self.prefix}.kv_b_proj.weight")
-        return weight.view(self.arch.num_attention_heads, -1, self.arch.kv_lora_rank)
+        return weight.view(self.heads, -1, self.arch.kv_lora_rank)
 
     def _project(self, module: str, x: torch.Tensor) -> torch.Tensor:
         return project(self.weights, f"{self.prefix}.{module}.weight", x, self.observe)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from weightkit.errors import UnsupportedError
+from weightkit.model.parallel import ALONE, Parallel
 from weightkit.model.weights import Held, Observer, Weights, project
 
 if TYPE_CHECKING:
@@ -61,12 +62,18 @@ class Dispatch:
 
 
 class GatedMLP:
-    """``down(silu(gate(x)) * up(x))``. ``prefix``: ``model.layers.0.mlp`` or ``model.layers.3.mlp.experts.5``, say."""
+    """``down(silu(gate(x)) * up(x))``. ``prefix``: ``model.layers.0.mlp`` or ``model.layers.3.mlp.experts.5``, say.
 
-    def __init__(self, prefix: str, weights: Weights, observe: Observer | None = None) -> None:
+    With ``parallel`` each rank has a part of the intermediate columns.
+    """
+
+    def __init__(
+        self, prefix: str, weights: Weights, observe: Observer | None = None, parallel: Parallel = ALONE
+    ) -> None:
         self.prefix = prefix
         self.weights = weights
         self.observe = observe
+        self.parallel = parallel
 
     @property
     def names(self) -> list[str]:
@@ -75,7 +82,7 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to [..., hidden]."""
-        return self._project("down_proj", self.inner(x))
+        return self.parallel.sum(self._project("down_proj", self.inner(x)))
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         """What ``down_proj`` sees of ``x`` [..., hidden]: [..., intermediate]."""
@@ -83,20 +90,31 @@ class GatedMLP:
 
     def holding(self) -> GatedMLP:
         """The same, asking for each weight once and holding it as long as the returned object lives."""
-        return GatedMLP(self.prefix, Held(self.weights, self.names), self.observe)
+        return GatedMLP(self.prefix, Held(self.weights, self.names), self.observe, self.parallel)
 
     def _project(self, module: str, x: torch.Tensor) -> torch.Tensor:
         return project(self.weights, f"{self.prefix}.{module}.weight", x, self.observe)
 
 
 class MoE:
-    """Routed and shared experts. Weights of an expert are asked for only when a token is routed to it."""
+    """Routed and shared experts. Weights of an expert are asked for only when a token is routed to it.
 
-    def __init__(self, arch: Architecture, prefix: str, weights: Weights, observe: Observer | None = None) -> None:
+    Among several ranks each has some of the routed experts, and a part of the columns of the shared ones.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        prefix: str,
+        weights: Weights,
+        observe: Observer | None = None,
+        parallel: Parallel = ALONE,
+    ) -> None:
         self.arch = arch
         self.prefix = prefix
         self.weights = weights
         self.observe = observe
+        self.parallel = parallel
 
     @property
     def names(self) -> list[str]:
@@ -110,8 +128,11 @@ class MoE:
         tokens = x.flatten(0, -2)
         ids, shares = self.route(tokens)
         shared = self._expert("shared_experts")(x) if self.arch.n_shared_experts else None
-        routed = self.experts(tokens, ids, shares).view_as(x)
-        return routed if shared is None else routed.add_(shared)
+        if self.parallel.alone:
+            routed = self.experts(tokens, ids, shares).view_as(x)
+            return routed if shared is None else routed.add_(shared)
+        part = self._own_experts(tokens, ids, shares, self.dispatch(ids)).view_as(x)
+        return self.parallel.sum(part if shared is None else part.add_(shared)).to(x.dtype)
 
     def holding(self) -> MoE:
         """The same, asking once for each of ``names`` and holding it as long as the returned object lives.
@@ -150,6 +171,8 @@ class MoE:
     ) -> torch.Tensor:
         """The routed experts' outputs, weighted and summed in F32: ``x``'s shape [tokens, hidden] and dtype.
 
+        Among several ranks, the sum over this rank's experts alone.
+
         A token's outputs are added in ascending order of its experts, so that the sum is the same in every run. The F32
         sums take 4 bytes a number: for more tokens than fit, call this for a block of them at a time.
 
@@ -158,8 +181,14 @@ class MoE:
             ids, shares: as by ``route``.
             dispatch: that of ``ids``, if it is known already.
         """
-        dispatch = self.dispatch(ids) if dispatch is None else dispatch
-        chosen = {number: self.expert(number) for number in dispatch.used}
+        return self._own_experts(x, ids, shares, self.dispatch(ids) if dispatch is None else dispatch).to(x.dtype)
+
+    def _own_experts(
+        self, x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, dispatch: Dispatch
+    ) -> torch.Tensor:
+        """The F32 sum of ``experts``, [tokens, hidden], over those of this rank."""
+        own = self.parallel.share_of(self.arch.n_routed_experts)
+        chosen = {number: self.expert(number) for number in dispatch.used if number in own}
         self.weights.prefetch([name for expert in chosen.values() for name in expert.names])
         y = torch.zeros_like(x, dtype=torch.float32)
         flat = shares.flatten()
@@ -167,7 +196,7 @@ class MoE:
             rows = dispatch.rows(number)
             output = expert(x.index_select(0, rows)) * flat.index_select(0, dispatch.places(number))[:, None]
             y.index_add_(0, rows, output)  # no token comes twice, as its experts differ: nothing races
-        return y.to(x.dtype)
+        return y
 
     def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and shares by the router's ``logits`` [tokens, experts] F32."""

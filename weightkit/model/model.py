@@ -12,8 +12,9 @@ from weightkit.model.attention import Attention
 from weightkit.model.cache import LatentCache, LayerCache
 from weightkit.model.mlp import GatedMLP, MoE
 from weightkit.model.norm import rms_norm
+from weightkit.model.parallel import ALONE, Parallel
 from weightkit.model.rope import Rope, Rotation
-from weightkit.model.weights import Observer, Weights, project
+from weightkit.model.weights import Observer, Weights
 
 if TYPE_CHECKING:
     from weightkit.family import Architecture
@@ -31,16 +32,24 @@ class Layer:
     """One decoder layer. It holds no weights: making one costs nothing, and a model can be run layer by layer."""
 
     def __init__(
-        self, arch: Architecture, index: int, weights: Weights, rope: Rope, observe: Observer | None = None
+        self,
+        arch: Architecture,
+        index: int,
+        weights: Weights,
+        rope: Rope,
+        observe: Observer | None = None,
+        parallel: Parallel = ALONE,
     ) -> None:
         self.arch = arch
         self.index = index
         self.prefix = f"model.layers.{index}"
         self.weights = weights
-        self.attention = Attention(arch, f"{self.prefix}.self_attn", weights, rope.softmax_scale, observe)
+        self.attention = Attention(arch, f"{self.prefix}.self_attn", weights, rope.softmax_scale, observe, parallel)
         mlp = f"{self.prefix}.mlp"
         self.mlp: GatedMLP | MoE = (
-            MoE(arch, mlp, weights, observe) if arch.is_moe_layer(index) else GatedMLP(mlp, weights, observe)
+            MoE(arch, mlp, weights, observe, parallel)
+            if arch.is_moe_layer(index)
+            else GatedMLP(mlp, weights, observe, parallel)
         )
         norms = (f"{self.prefix}.input_layernorm.weight", f"{self.prefix}.post_attention_layernorm.weight")
         self._names = [norms[0], *self.attention.names, norms[1], *self.mlp.names]
@@ -115,13 +124,17 @@ class Model:
         arch: the config's architecture.
         weights: the source of weights; asked for each weight at each use.
         observe: called with each linear map's name and input, for calibration.
+        parallel: this rank's part of the model; all ranks call the same methods with the same arguments.
     """
 
-    def __init__(self, arch: Architecture, weights: Weights, observe: Observer | None = None) -> None:
+    def __init__(
+        self, arch: Architecture, weights: Weights, observe: Observer | None = None, parallel: Parallel = ALONE
+    ) -> None:
         self.arch = arch
         self.weights = weights
+        self.parallel = parallel
         self.rope = Rope.of(arch)
-        self.layers = [Layer(arch, i, weights, self.rope, observe) for i in range(arch.num_hidden_layers)]
+        self.layers = [Layer(arch, i, weights, self.rope, observe, parallel) for i in range(arch.num_hidden_layers)]
 
     def new_cache(self) -> LatentCache:
         """An empty cache for one batch of sequences."""
@@ -129,7 +142,7 @@ class Model:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [batch, seq] to hidden states [batch, seq, hidden], in the weights' dtype on their device."""
-        return self.weights.rows("model.embed_tokens.weight", ids)
+        return self.parallel.embed(self.weights, "model.embed_tokens.weight", ids, self.arch.vocab_size)
 
     def hidden_states(
         self, ids: torch.Tensor, cache: LatentCache | None = None, after_layer: AfterLayer | None = None
@@ -172,7 +185,7 @@ class Model:
         """Final norm and head: ``hidden`` [..., hidden] to logits [..., vocab] F32."""
         head = "model.embed_tokens.weight" if self.arch.tie_word_embeddings else "lm_head.weight"
         normed = rms_norm(hidden, self.weights.get("model.norm.weight"), self.arch.rms_norm_eps)
-        return project(self.weights, head, normed).float()
+        return self.parallel.head(self.weights, head, normed)
 
     def __call__(self, ids: torch.Tensor, cache: LatentCache | None = None) -> torch.Tensor:
         """Logits [batch, seq, vocab] F32 of the tokens that follow each of ``ids`` [batch, seq]."""

@@ -121,9 +121,9 @@ def describe(tensor: LazyTensor, paths: Mapping[str, str]) -> list[object]:
             return ["concat", [describe(part, paths) for part in parts], dim]
         case Dequantized(weight, scale, dtype):
             return ["dequantized", describe(weight, paths), describe(scale, paths), dtype]
-        case GroupDequantized(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype):
+        case GroupDequantized(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype, first_group):
             stored = [describe(part, paths) for part in (qweight, qzeros, scales, g_idx)]
-            return ["group dequantized", stored, bits, zero_offset, dtype]
+            return ["group dequantized", stored, bits, zero_offset, dtype, *([first_group] if first_group else [])]
         case Cast(source, dtype):
             return ["cast", describe(source, paths), dtype]
         case Promised(recipe, dtype, shape):
