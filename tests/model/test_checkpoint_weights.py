@@ -16,7 +16,7 @@ from weightkit.checkpoint.tensors import size_bytes
 from weightkit.errors import GenerationError, MissingTensorError, ScaleError
 from weightkit.layouts import open_checkpoint
 from weightkit.model import CheckpointWeights
-from weightkit.model.memory import Kept
+from weightkit.model.memory import Arena, Shelf
 
 ROUTER = ("gate.weight", "e_score_correction_bias")
 
@@ -153,38 +153,71 @@ def test_gpu_unpacks_to_the_same_bits(variant: str, tmp_path: Path) -> None:
             assert torch.equal(weights.get(name).cpu(), expected), name
 
 
-def expert(number: int) -> str:
-    return f"model.layers.3.mlp.experts.{number}.up_proj.weight"
+def arena(size_bytes: int, chunk_bytes: int | None = None) -> Arena:
+    return Arena(size_bytes, lambda count: torch.zeros(count, dtype=torch.uint8), chunk_bytes)
 
 
-def test_kept_experts_leave_by_last_use() -> None:
-    kept = Kept(budget_bytes=3 * 40)
-    for number in range(3):
-        kept.put(expert(number), torch.zeros(10))
-    kept.get(expert(0))
-    kept.put(expert(3), torch.zeros(10))
-    assert [number for number in range(4) if expert(number) in kept] == [0, 2, 3]
-    assert kept.size_bytes == 120
+def test_regions_do_not_overlap_and_join_again() -> None:
+    memory = arena(13 * 256)
+    regions = [memory.take(count) for count in (256, 700, 1, 2000)]
+    assert memory.take(1) is None
+    taken = [region for region in regions if region is not None]
+    assert len(taken) == 4
+    for number, region in enumerate(taken):
+        memory.view(region, region.size)[:] = number
+    assert [memory.view(region, 1).item() for region in taken] == [0, 1, 2, 3]
+    for place in (1, 3, 0, 2):
+        memory.give(taken[place])
+    assert memory.used_bytes == 0
+    assert memory.take(13 * 256) is not None
 
 
-def test_what_every_token_needs_displaces_experts_and_stays() -> None:
-    kept = Kept(budget_bytes=3 * 40)
-    kept.put(expert(0), torch.zeros(10))
-    for name in ("a", "b", "c", "d"):
-        kept.put(name, torch.zeros(10))
-    kept.put(expert(1), torch.zeros(10))
-    assert [name for name in ("a", "b", "c", "d", expert(0), expert(1)) if name in kept] == ["a", "b", "c"]
-    assert kept.get("a") is not None
-    assert kept.get("d") is None
-    assert kept.size_bytes == 120
+def test_an_arena_allocates_whole_chunks_as_they_are_needed() -> None:
+    memory = arena(2500, chunk_bytes=1024)
+    assert memory.allocated_bytes == 0
+    assert memory.take(1025) is None
+    assert [memory.take(600) is None for _ in range(3)] == [False, False, True]
+    assert memory.allocated_bytes == 2048
 
 
-def test_weight_larger_than_the_budget_displaces_nothing() -> None:
-    kept = Kept(budget_bytes=100)
-    kept.put(expert(0), torch.zeros(10))
-    kept.put("huge", torch.zeros(1000))
-    assert expert(0) in kept
-    assert "huge" not in kept
+def shelf(units: int, always: int = 0, **weights: int | None) -> Shelf:
+    """Room for so many units of 256 bytes; weights by name with the layer that they are experts of, or None."""
+    found = Shelf(arena(256 * units), 256 * always)
+    for key, layer in weights.items():
+        region = found.arena.take(256)
+        assert region is not None
+        found.add(key, region, layer)
+    return found
+
+
+def leavers(found: Shelf, count: int) -> list[str | None]:
+    names: list[str | None] = []
+    for _ in range(count):
+        names.append(found.first_to_leave(lambda key: True))
+        if names[-1] is not None:
+            found.remove(names[-1])
+    return names
+
+
+def test_experts_leave_by_last_use_from_the_layer_that_has_most() -> None:
+    found = shelf(5, a=3, b=3, c=3, d=4, e=4)
+    found.use("a")
+    assert leavers(found, 1) == ["b"]
+    assert leavers(found, 4) == ["c", "d", "a", "e"]
+    assert found.arena.used_bytes == 0
+
+
+def test_what_may_not_leave_stays() -> None:
+    found = shelf(3, a=3, b=3, c=4)
+    assert found.first_to_leave(lambda key: key != "a") == "b"
+    assert found.first_to_leave(lambda key: False) is None
+
+
+def test_what_every_token_needs_stays_as_far_as_it_is_allowed_to() -> None:
+    found = shelf(4, always=2, a=None, b=None, c=None, d=3)
+    assert found.layer_of("c") is None
+    assert sorted(map(str, leavers(found, 3))) == ["None", "c", "d"]
+    assert set(found) == {"a", "b"}
 
 
 @pytest.mark.gpu

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from weightkit.checkpoint import Checkpoint, Reader
+from weightkit.checkpoint import Checkpoint, LazyTensor, Reader
+from weightkit.checkpoint.direct import DirectReader
 from weightkit.checkpoint.dtypes import FLOAT_DTYPES
-from weightkit.checkpoint.tensors import narrow
+from weightkit.checkpoint.tensors import elements, narrow
 from weightkit.compute import choose_engine
 from weightkit.compute.engines import DeviceName
-from weightkit.errors import GenerationError
-from weightkit.family import Architecture
-from weightkit.machine import default_jobs
+from weightkit.errors import GenerationError, SpaceError
+from weightkit.family import Architecture, expert_of, is_mtp
+from weightkit.machine import available_memory_bytes, default_jobs
 from weightkit.model.loading import Loader, torch_dtype
-from weightkit.model.memory import FREE_SHARE, Kept, free_memory_bytes
+from weightkit.model.memory import ALIGNMENT, FREE_SHARE, free_memory_bytes
+from weightkit.model.packed import Packed
+from weightkit.model.stores import UNIT_BYTES, CacheUse, Resident, Source, Store, Streamed
 from weightkit.transforms import cast
+from weightkit.units import human_bytes
 
 _ROUTER = (".mlp.gate.weight", ".mlp.gate.e_score_correction_bias")
+_UNUSED = (".indexer.", "rotary_emb.inv_freq")
+_EMBEDDING = "model.embed_tokens.weight"
+
+STREAM_JOBS = 8
+"""Fewest readers where weights are streamed: they wait for the disk, not for cores."""
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """What the weights take that generation needs: no MTP layers, no indexers; of an untied embedding only rows.
+
+    Attributes:
+        always: bytes, as they are stored, of what every token needs.
+        experts: bytes of all routed experts, as they are stored.
+        dense: bytes of both in the compute dtype.
+        expert_layers: layers with routed experts.
+        largest_expert: bytes of the largest of an expert's matrices, as it is stored.
+        largest: bytes of the largest unit that is kept as one, as it is stored.
+    """
+
+    always: int
+    experts: int
+    dense: int
+    expert_layers: int
+    largest_expert: int
+    largest: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all, as they are stored."""
+        return self.always + self.experts
 
 
 class CheckpointWeights:
-    """Weights by published name from a checkpoint: read, dequantized, moved to the device, kept while there is room.
+    """Weights by published name from a checkpoint: read, dequantized, on the device, kept while there is room.
 
     An FP8 or GPTQ weight first becomes what ``cast --to bf16`` makes of it (F16, F32 if the config says so), then the
     compute dtype, so that such a checkpoint and its cast generate the same tokens. Routers' tensors are F32.
@@ -33,12 +68,20 @@ class CheckpointWeights:
     7.8 in BF16 (2048 x 7168, two cores with AVX-512 BF16); with 64 tokens BF16 takes half the time, and always half the
     memory, so that it may be the better choice for a model that fills the memory.
 
+    Where all weights fit in the compute dtype they are kept so (``Resident``). Otherwise they are kept as they are
+    stored and dequantized at each use (``Streamed``), first on the device, then in host memory beside it; what does not
+    fit in either is read from the files again, past the page cache. The values are the same.
+
     Args:
         checkpoint: opened in any layout.
         device: ``auto`` takes a GPU where there is one.
         dtype: ``bf16``, ``f16`` or ``f32``; None for the default above.
-        memory_bytes: most that kept weights may take; None for four fifths of what is free.
-        jobs: weights read ahead at once.
+        memory_bytes: most that kept weights may take on the device; None for four fifths of what is free.
+        host_bytes: most that they may take in host memory beside a GPU; None for four fifths of what is available. On a
+            CPU there is no memory beside the device's, and None is 0.
+        stream: whether weights are read as they are needed although all would fit, or must not be where they do not;
+            None: only if they do not fit.
+        jobs: weights read at once.
 
     Attributes:
         arch: the architecture that the config describes.
@@ -48,6 +91,7 @@ class CheckpointWeights:
         ConfigError: not a config of the family.
         ScaleError: FP8 or GPTQ weights and scales that do not fit each other; all of them at once.
         DeviceError: no such device.
+        SpaceError: at the first use, or by ``limit``: ``stream`` is False and they do not fit.
     """
 
     def __init__(
@@ -57,23 +101,23 @@ class CheckpointWeights:
         device: DeviceName = "auto",
         dtype: str | None = None,
         memory_bytes: int | None = None,
+        host_bytes: int | None = None,
+        stream: bool | None = None,
         jobs: int | None = None,
     ) -> None:
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise GenerationError("unknown dtype", where="dtype", expected=", ".join(FLOAT_DTYPES), found=repr(dtype))
         self.arch = Architecture.from_config(checkpoint.config, where=f"the config of {checkpoint.root}")
-        engine = choose_engine(device)
-        self.device = torch.device("cpu" if engine.name == "cpu" else "cuda")
+        self._engine = choose_engine(device)
+        on_cpu = (
+            self._engine.name == "cpu"
+        )  # the index is named, because readers' threads have a current device of theirs
+        self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         stored = {name: short for short, name in FLOAT_DTYPES.items()}[self.arch.dtype]
         self.dtype = torch_dtype(FLOAT_DTYPES[dtype or ("f32" if self.device.type == "cpu" else stored)])
         self._checkpoint = cast(checkpoint, stored)
-        self._loader = Loader(Reader(checkpoint.stamps), engine, self.device)
-        budget = int(free_memory_bytes(self.device) * FREE_SHARE) if memory_bytes is None else memory_bytes
-        self._kept = Kept(budget)
-        self._jobs = jobs or default_jobs()
-        self._pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="weights")
-        self._ahead: dict[str, Future[torch.Tensor]] = {}
-        self._wanted: deque[str] = deque()
+        self._memory_bytes, self._host_bytes, self._stream = memory_bytes, host_bytes, stream
+        self._jobs = jobs
 
     def __enter__(self) -> CheckpointWeights:
         return self
@@ -83,32 +127,109 @@ class CheckpointWeights:
 
     def close(self) -> None:
         """Stop reading ahead and close the files. Weights that were handed out stay valid."""
-        self._pool.shutdown(cancel_futures=True)
-        self._loader.reader.close()
+        if self.is_open:
+            self._store.close()
+            self._loader.reader.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a weight was asked for already."""
+        return "_store" in self.__dict__
+
+    def limit(self, memory_bytes: int, host_bytes: int) -> None:
+        """Set the two budgets anew, before the first weight is asked for.
+
+        Raises:
+            GenerationError: a weight was asked for already.
+            SpaceError: ``stream`` is False and the weights do not fit.
+        """
+        if self.is_open:
+            raise GenerationError("the memory for weights is in use already", where=self._checkpoint.root)
+        self._memory_bytes, self._host_bytes = memory_bytes, host_bytes
+        self._require_fit()
+
+    @cached_property
+    def sizes(self) -> WeightSizes:
+        """What the weights take."""
+        units = {name: Packed(tensor).size_bytes for name, tensor in self._needed()}
+        routed = {name: size for name, size in units.items() if expert_of(name) is not None}
+        dense = sum(elements(tensor) * self._dtype_of(name).itemsize for name, tensor in self._needed())
+        largest = (min(size, UNIT_BYTES) for size in units.values())
+        return WeightSizes(
+            always=sum(units.values()) - sum(routed.values()),
+            experts=sum(routed.values()),
+            dense=dense,
+            expert_layers=sum(map(self.arch.is_moe_layer, range(self.arch.num_hidden_layers))),
+            largest_expert=max(routed.values(), default=0),
+            largest=max(largest, default=0),
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Most that kept weights may take on the device."""
+        if self._memory_bytes is None:
+            self._memory_bytes = int(free_memory_bytes(self.device) * FREE_SHARE)
+        return self._memory_bytes
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Most that they may take in host memory beside it."""
+        if self._host_bytes is None:
+            on_cpu = self.device.type == "cpu"
+            self._host_bytes = 0 if on_cpu else int(available_memory_bytes() * FREE_SHARE)
+        return self._host_bytes
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all weights stay on the device in the compute dtype."""
+        return not self._stream and self.sizes.dense <= self.memory_bytes
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether files are read again while generating, or may be."""
+        return bool(self._stream) or (not self.is_resident and self._packed_bytes > self.memory_bytes)
+
+    @property
+    def files(self) -> dict[str, int]:
+        """The files that weights come from: path to size in bytes."""
+        return {path: stamp.size_bytes for path, stamp in self._checkpoint.stamps.items()}
+
+    @property
+    def jobs(self) -> int:
+        """Weights read at once."""
+        return self._jobs or (max(STREAM_JOBS, default_jobs()) if self.is_streamed else default_jobs())
 
     @property
     def bytes_read(self) -> int:
         """Bytes read from files so far."""
-        return self._loader.reader.bytes_read
+        return self._loader.reader.bytes_read if self.is_open else 0
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of weights kept in memory."""
-        return self._kept.size_bytes
+        """Bytes of weights kept on the device."""
+        return self._store.device_bytes if self.is_open else 0
+
+    @property
+    def host_kept_bytes(self) -> int:
+        """Bytes of weights kept in host memory beside it."""
+        return self._store.host_bytes if self.is_open else 0
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """How often routed experts were found where; a copy."""
+        return self._store.use.copy() if self.is_open else CacheUse()
 
     def get(self, name: str) -> torch.Tensor:
         """The weight, in the compute dtype on the device. See ``Weights.get``."""
-        tensor = self._kept.get(name)
-        if tensor is None:
-            ahead = self._ahead.pop(name, None)
-            self._read_ahead()
-            tensor = self._load(name) if ahead is None else ahead.result()
-            self._kept.put(name, tensor)
-        return tensor
+        return self._store.get(name)
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., in] times the transpose of the weight ``name`` [out, in]: [..., out], in ``x``'s dtype."""
+        return self._store.linear(name, x)
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a matrix, each read by itself unless the whole is kept. See ``Weights.rows``."""
-        whole = self._kept.get(name)
+        whole = self._store.kept(name)
         if whole is not None:
             return whole[ids.to(whole.device)]
         different, places = torch.unique(ids.cpu(), return_inverse=True)
@@ -119,19 +240,67 @@ class CheckpointWeights:
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Start to read what is asked for next, a few weights at a time. What was wanted before is dropped."""
-        self._wanted = deque(name for name in names if name not in self._kept)
-        self._ahead = {name: self._ahead[name] for name in self._wanted if name in self._ahead}
-        self._read_ahead()
+        self._store.prefetch(names)
 
-    def _read_ahead(self) -> None:
-        while self._wanted and len(self._ahead) < self._jobs:
-            name = self._wanted.popleft()
-            if name not in self._ahead:
-                self._ahead[name] = self._pool.submit(self._load, name)
+    def upcoming(self, names: Sequence[str]) -> None:
+        """What is asked for later: read when nothing that ``prefetch`` names is left to read. Replaces the last call's
+        names."""
+        self._store.upcoming(names)
 
-    def _load(self, name: str) -> torch.Tensor:
-        """Read a weight whole. Runs in any thread."""
-        return self._loader.load(self._checkpoint[name], self._dtype_of(name))
+    def always_needed(self, layer: int) -> list[str]:
+        """The weights of a layer that every token needs, attention first."""
+        return self._always_of.get(layer, [])
+
+    @cached_property
+    def _always_of(self) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for name, _ in self._needed():
+            parts = name.split(".")
+            if expert_of(name) is None and parts[1] == "layers":
+                found.setdefault(int(parts[2]), []).append(name)
+        return {layer: sorted(names, key=lambda name: ".mlp." in name) for layer, names in found.items()}
+
+    def _needed(self) -> Iterator[tuple[str, LazyTensor]]:
+        for name, tensor in self._checkpoint.tensors.items():
+            rows_only = name == _EMBEDDING and not self.arch.tie_word_embeddings
+            if not rows_only and not is_mtp(name, self.arch) and not any(part in name for part in _UNUSED):
+                yield name, tensor
+
+    @property
+    def _packed_bytes(self) -> int:
+        """What all weights take at most as they are stored, gaps between them included."""
+        return self.sizes.total + ALIGNMENT * sum(1 for _ in self._needed())
+
+    def _require_fit(self) -> None:
+        if self._stream is not False or self.is_resident or self._packed_bytes <= self.memory_bytes:
+            return
+        raise SpaceError(
+            "the weights do not fit in memory, and are not to be streamed",
+            where=self._checkpoint.root,
+            expected=f"room for {human_bytes(self._packed_bytes)} of weights",
+            found=human_bytes(self.memory_bytes),
+            fix="Leave out --no-stream, or give more memory.",
+        )
+
+    @cached_property
+    def _loader(self) -> Loader:
+        reader = DirectReader if self.is_streamed else Reader
+        return Loader(reader(self._checkpoint.stamps), self._engine, self.device)
+
+    @cached_property
+    def _store(self) -> Store:
+        self._require_fit()
+        source = Source(self._checkpoint.__getitem__, self._dtype_of, self._loader)
+        if self.is_resident:
+            return Resident(source, self.jobs)
+        most = self._packed_bytes
+        return Streamed(
+            source,
+            device_bytes=min(self.memory_bytes, most),
+            host_bytes=min(self.host_memory_bytes, most) if self.is_streamed else 0,
+            largest_bytes=self.sizes.largest_expert,
+            jobs=self.jobs,
+        )
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(_ROUTER) else self.dtype

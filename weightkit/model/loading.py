@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 from weightkit.checkpoint import Dequantized, GroupDequantized, LazyTensor, Reader
 from weightkit.checkpoint.dtypes import TORCH_NAMES
+from weightkit.checkpoint.reading import Bytes
 from weightkit.checkpoint.tensors import size_bytes
-from weightkit.compute import Engine, evaluate, read_packed, strips
+from weightkit.compute import Engine, PackedWeight, evaluate, read_packed, strips
 from weightkit.errors import UnsupportedError
 
 STRIP_BYTES = 64 << 20
@@ -46,37 +50,76 @@ class Loader:
         dtype = _INTEGERS[lazy.dtype] if lazy.dtype in _INTEGERS else torch_dtype(lazy.dtype)
         return torch.from_numpy(self.reader.read(lazy)).view(dtype).view(lazy.shape).to(self.device)
 
+    def evaluate(self, lazy: LazyTensor) -> Bytes:
+        """The bytes of the dense tensor, in host memory; the same thread's next call may overwrite them."""
+        return evaluate(lazy, self.reader, self.engine)
+
+    def dequantize(
+        self, lazy: Dequantized, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """An FP8 weight in ``dtype``, in memory of its own, from its ``codes`` and ``scale``: flat U8, on one device.
+
+        Args:
+            lazy: says its shapes, and the dtype that it is rounded to first.
+        """
+        if codes.is_cuda:
+            from weightkit.kernels.fp8_dequant import dequant
+
+            scales = scale.view(torch.float32).view(lazy.scale.shape)
+            return dequant(codes.view(lazy.weight.shape), scales, torch_dtype(lazy.dtype)).to(dtype)
+        scales_array = scale.numpy().view(np.float32).reshape(lazy.scale.shape)
+        values = self.engine.dequantize(codes.numpy().reshape(lazy.weight.shape), scales_array, lazy.dtype)
+        return self._own(values, lazy, dtype)
+
+    def dequantize_groups(
+        self, lazy: GroupDequantized, stored: Sequence[torch.Tensor], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """A GPTQ weight from ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` in memory; as ``dequantize``."""
+        kinds = (torch.int32, torch.int32, torch.float16, torch.int32)
+        shapes = (lazy.qweight.shape, lazy.qzeros.shape, lazy.scales.shape, lazy.g_idx.shape)
+        qweight, qzeros, scales, g_idx = (
+            part.view(kind).view(shape) for part, kind, shape in zip(stored, kinds, shapes, strict=True)
+        )
+        if qweight.is_cuda:
+            from weightkit.kernels.gptq_format import dequant
+
+            kind = torch_dtype(lazy.dtype)
+            return dequant(qweight, qzeros, scales, g_idx, lazy.bits, lazy.zero_offset, kind).to(dtype)
+        packed = PackedWeight(
+            qweight.numpy(), qzeros.numpy(), scales.numpy(), g_idx.numpy(), lazy.bits, lazy.zero_offset
+        )
+        return self._own(self.engine.dequantize_groups(packed, lazy.dtype), lazy, dtype)
+
     def _evaluate(self, lazy: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of its own memory on the device."""
         if isinstance(lazy, Dequantized) and self.device.type == "cuda":
-            return self._dequantize_on_gpu(lazy).to(dtype)
+            return self._dequantize_on_gpu(lazy, dtype)
         if isinstance(lazy, GroupDequantized) and self.device.type == "cuda":
-            return self._dequantize_groups_on_gpu(lazy).to(dtype)
-        values = torch.from_numpy(evaluate(lazy, self.reader, self.engine))
-        return values.view(torch_dtype(lazy.dtype)).view(lazy.shape).to(self.device, dtype, copy=True)
+            return self._dequantize_groups_on_gpu(lazy, dtype)
+        return self._own(evaluate(lazy, self.reader, self.engine), lazy, dtype)
 
-    def _dequantize_on_gpu(self, lazy: Dequantized) -> torch.Tensor:
+    def _own(self, values: Bytes, lazy: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
+        """Scratch bytes of the dense tensor as a tensor of its own memory on the device."""
+        held = torch.from_numpy(values).view(torch_dtype(lazy.dtype)).view(lazy.shape)
+        return held.to(self.device, dtype, copy=True)
+
+    def _dequantize_on_gpu(self, lazy: Dequantized, dtype: torch.dtype) -> torch.Tensor:
         """FP8 codes cross the bus, not the wider result."""
-        from weightkit.kernels.fp8_dequant import dequant
 
         def upload(part: LazyTensor, purpose: str) -> torch.Tensor:
             pinned = self.engine.buffer(purpose, size_bytes(part))
             return torch.from_numpy(self.reader.read(part, pinned)).to(self.device)  # done when it returns
 
-        codes = upload(lazy.weight, "weight").view(lazy.weight.shape)
-        scale = upload(lazy.scale, "scale").view(torch.float32).view(lazy.scale.shape)
-        return dequant(codes, scale, torch_dtype(lazy.dtype))
+        return self.dequantize(lazy, upload(lazy.weight, "weight"), upload(lazy.scale, "scale"), dtype)
 
-    def _dequantize_groups_on_gpu(self, lazy: GroupDequantized) -> torch.Tensor:
+    def _dequantize_groups_on_gpu(self, lazy: GroupDequantized, dtype: torch.dtype) -> torch.Tensor:
         """Packed codes cross the bus."""
-        from weightkit.kernels.gptq_format import dequant
-
         packed = read_packed(lazy, self.reader, self.engine)
-        qweight, qzeros, scales, g_idx = (
-            torch.from_numpy(array).to(self.device)  # done when it returns
+        stored = [
+            torch.from_numpy(array.reshape(-1).view(np.uint8)).to(self.device)  # done when it returns
             for array in (packed.qweight, packed.qzeros, packed.scales, packed.g_idx)
-        )
-        return dequant(qweight, qzeros, scales, g_idx, lazy.bits, lazy.zero_offset, torch_dtype(lazy.dtype))
+        ]
+        return self.dequantize_groups(lazy, stored, dtype)
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

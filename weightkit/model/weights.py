@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from torch.nn.functional import linear
 
 from weightkit.errors import MissingTensorError
 
@@ -17,7 +18,10 @@ Observer = Callable[[str, torch.Tensor], None]
 
 
 class Weights(Protocol):
-    """A source of weights by their published names, such as ``model.layers.3.mlp.experts.5.gate_proj.weight``."""
+    """A source of weights by their published names, such as ``model.layers.3.mlp.experts.5.gate_proj.weight``.
+
+    A source may also have the method of ``Multiplies``, which ``project`` then uses.
+    """
 
     def get(self, name: str) -> torch.Tensor:
         """The whole weight, dequantized, in its compute dtype (routers' in F32, if so stored) on the model's device.
@@ -36,6 +40,14 @@ class Weights(Protocol):
 
     def prefetch(self, names: Sequence[str]) -> None:
         """A hint: these will be asked for next, in this order."""
+        ...
+
+
+class Multiplies(Protocol):
+    """A source of weights that multiplies with them itself, as one may that holds them packed."""
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., in] times the transpose of the weight ``name`` [out, in]: [..., out], in ``x``'s dtype."""
         ...
 
 
@@ -78,6 +90,10 @@ class Held:
             self._held[name] = self._weights.get(name)
         return self._held[name]
 
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The product, with the held weight if ``name`` is one of ``names``. See ``Multiplies.linear``."""
+        return linear(x, self.get(name)) if name in self._names else _multiply(self._weights, name, x)
+
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """See ``Weights.rows``."""
         return self._weights.rows(name, ids)
@@ -91,4 +107,10 @@ def project(weights: Weights, name: str, x: torch.Tensor, observe: Observer | No
     """``x`` [..., in] times the transpose of the weight ``name`` [out, in]: [..., out], in ``x``'s dtype."""
     if observe is not None:
         observe(name, x)
-    return torch.nn.functional.linear(x, weights.get(name))
+    return _multiply(weights, name, x)
+
+
+def _multiply(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    """By the source itself where it is one of ``Multiplies``."""
+    own: Callable[[str, torch.Tensor], torch.Tensor] | None = getattr(weights, "linear", None)
+    return linear(x, weights.get(name)) if own is None else own(name, x)

@@ -1,0 +1,496 @@
+"""What keeps a checkpoint's weights: all of them dequantized, or as many as stored as two memories have room for."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch.nn.functional import linear
+
+from weightkit.checkpoint import LazyTensor
+from weightkit.compute import strips
+from weightkit.errors import MissingTensorError
+from weightkit.family import expert_of, layer_of
+from weightkit.model.loading import Loader
+from weightkit.model.memory import Arena, Region, Shelf
+from weightkit.model.packed import Packed
+
+UNIT_BYTES = 256 << 20
+"""A weight that takes more, in the dtype that the config names, is kept and multiplied with in strips of rows: the head
+of DeepSeek-V3 is 1.9 GB in BF16. Strips follow from shapes alone, so that the bits do not depend on memory."""
+
+HOST_CHUNK_BYTES = 512 << 20
+"""Host memory is pinned so much at a time, when it is needed: pinning hundreds of GB would take minutes. A power of
+two, as torch rounds pinned memory up to one."""
+
+
+@dataclass
+class CacheUse:
+    """Where the weights of routed experts were found when they were asked for, and the time that was waited for reads.
+
+    Attributes:
+        device_hits: in the memory of the device that computes.
+        host_hits: in the cache in host memory.
+        misses: neither; they were read from files.
+        waited_s: seconds in which nothing was computed, because a weight was not there yet.
+    """
+
+    device_hits: int = 0
+    host_hits: int = 0
+    misses: int = 0
+    waited_s: float = 0.0
+
+    def since(self, earlier: CacheUse) -> CacheUse:
+        """What was added after ``earlier``, an older copy."""
+        return CacheUse(
+            self.device_hits - earlier.device_hits,
+            self.host_hits - earlier.host_hits,
+            self.misses - earlier.misses,
+            self.waited_s - earlier.waited_s,
+        )
+
+    def copy(self) -> CacheUse:
+        """As it is now."""
+        return replace(self)
+
+
+class Store(Protocol):
+    """Keeps weights. The first four are those of ``Weights``; only the thread that computes may call it."""
+
+    use: CacheUse
+
+    def get(self, name: str) -> torch.Tensor: ...
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor: ...
+
+    def kept(self, name: str) -> torch.Tensor | None:
+        """The whole weight in the compute dtype, if it is kept so."""
+        ...
+
+    def prefetch(self, names: Sequence[str]) -> None: ...
+
+    def upcoming(self, names: Sequence[str]) -> None:
+        """These will be asked for after what ``prefetch`` names: read them when there is nothing else to read."""
+        ...
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of weights kept on the device."""
+        ...
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of weights kept in host memory beside it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a store reads from.
+
+    Attributes:
+        lazy: a weight by its published name, dequantized to the config's dtype; raises ``MissingTensorError``.
+        dtype_of: the compute dtype of a weight.
+        loader: reads and dequantizes.
+    """
+
+    lazy: Callable[[str], LazyTensor]
+    dtype_of: Callable[[str], torch.dtype]
+    loader: Loader
+
+
+class Resident:
+    """All weights dequantized on the device, each read when it is asked for first. There must be room for all."""
+
+    def __init__(self, source: Source, jobs: int) -> None:
+        self.use = CacheUse()
+        self._source = source
+        self._jobs = jobs
+        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="weights")
+        self._kept: dict[str, torch.Tensor] = {}
+        self._ahead: dict[str, Future[torch.Tensor]] = {}
+        self._wanted: deque[str] = deque()
+        self._later: deque[str] = deque()
+
+    def get(self, name: str) -> torch.Tensor:
+        tensor = self._kept.get(name)
+        routed = expert_of(name) is not None
+        if tensor is None:
+            self.use.misses += routed
+            ahead = self._ahead.pop(name, None)
+            self._read_ahead()
+            started = time.perf_counter()
+            tensor = self._kept[name] = self._load(name) if ahead is None else ahead.result()
+            self.use.waited_s += time.perf_counter() - started
+        else:
+            self.use.device_hits += routed
+        return tensor
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = self.get(name)
+        rows = [strip.shape[0] for strip in strips(self._source.lazy(name), UNIT_BYTES)]
+        products = [linear(x, part) for part in weight.split(rows)]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def kept(self, name: str) -> torch.Tensor | None:
+        return self._kept.get(name)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        self._wanted = deque(name for name in names if name not in self._kept)
+        self._read_ahead()
+
+    def upcoming(self, names: Sequence[str]) -> None:
+        self._later = deque(name for name in names if name not in self._kept)
+        self._read_ahead()
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        while len(self._ahead) < self._jobs and (queue := self._wanted or self._later):
+            name = queue.popleft()
+            if name not in self._ahead and name not in self._kept:
+                self._ahead[name] = self._pool.submit(self._load, name)
+
+    def _load(self, name: str) -> torch.Tensor:
+        """Read a weight whole. Runs in any thread."""
+        return self._source.loader.load(self._source.lazy(name), self._source.dtype_of(name))
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A weight, or a strip of its rows: what is read, kept and evicted as one."""
+
+    key: str
+    packed: Packed
+    layer: int | None  # of a routed expert
+
+    @property
+    def size_bytes(self) -> int:
+        return self.packed.size_bytes
+
+
+@dataclass
+class _Entry:
+    """A unit on the device, or on its way there."""
+
+    buffer: torch.Tensor
+    arrival: Future[None]
+    from_host: bool
+    asked_for: bool = False
+
+
+class Streamed:
+    """Weights as they are stored, within two budgets: on the device, and in host memory beside it; the rest on disk.
+
+    A unit is read into host memory (pinned, for a GPU), copied to the device, and stays in both while there is room.
+    What leaves the device goes back to host memory unless it is there still; host memory gives up first what the device
+    has too. Weights that every token needs come before experts (see ``Shelf``), but leave room for reading ahead.
+
+    All bookkeeping is the computing thread's; readers only fill memory that was set aside for them. On a GPU all copies
+    go through one queue: what is copied out of a region comes before what is copied into it next, and a copy into a
+    region waits for what was to be computed when the region was given up.
+
+    Args:
+        source: what is read.
+        device_bytes: most on the device, weights on their way there included.
+        host_bytes: most beside it. On a CPU 0: then readers write where the weight stays.
+        largest_bytes: of a routed expert's unit, for what is read ahead.
+        jobs: units read at once.
+    """
+
+    def __init__(self, source: Source, *, device_bytes: int, host_bytes: int, largest_bytes: int, jobs: int) -> None:
+        self.use = CacheUse()
+        self._source = source
+        self._loader = source.loader
+        self._where = source.loader.device
+        self._on_gpu = self._where.type == "cuda"
+        self._window = 2 * jobs
+        ahead = self._window * largest_bytes
+        self._device = _shelf(Arena(device_bytes, self._allocate_device), ahead)
+        chunk = min(HOST_CHUNK_BYTES, 1 << max(0, host_bytes.bit_length() - 1))
+        self._host = _shelf(Arena(host_bytes, self._allocate_host, chunk), ahead) if host_bytes else None
+        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="weights")
+        self._queue = torch.cuda.Stream(self._where) if self._on_gpu else None
+        self._units_of: dict[str, list[_Unit]] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._both: OrderedDict[str, None] = OrderedDict()  # on the device and in host memory
+        self._filling: dict[str, Future[None]] = {}  # host memory that a reader works on
+        self._leaving: dict[str, torch.cuda.Event] = {}  # host memory that a copy from the device fills
+        self._wanted: deque[_Unit] = deque()
+        self._later: deque[_Unit] = deque()
+        self._needed: set[str] = set()  # announced and not asked for yet
+        self._ahead: set[str] = set()  # of these, what readers were sent for
+        self._in_use: str | None = None
+
+    # --- what the model asks for --------------------------------------------------------------------------------------
+
+    def get(self, name: str) -> torch.Tensor:
+        dtype = self._source.dtype_of(name)
+        parts = [unit.packed.own(self._hold(unit), dtype, self._loader) for unit in self._units(name)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        products = [unit.packed.linear(self._hold(unit), x, self._loader) for unit in self._units(name)]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def kept(self, name: str) -> torch.Tensor | None:
+        return None
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        self._wanted = deque(self._existing(names))
+        self._announce()
+
+    def upcoming(self, names: Sequence[str]) -> None:
+        self._later = deque(self._existing(names))
+        self._announce()
+
+    @property
+    def device_bytes(self) -> int:
+        return self._device.arena.used_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return 0 if self._host is None else self._host.arena.used_bytes
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    # --- units --------------------------------------------------------------------------------------------------------
+
+    def _units(self, name: str) -> list[_Unit]:
+        found = self._units_of.get(name)
+        if found is None:
+            layer = layer_of(name) if expert_of(name) is not None else None
+            parts = list(strips(self._source.lazy(name), UNIT_BYTES))
+            keys = [name] if len(parts) == 1 else [f"{name}[{number}]" for number in range(len(parts))]
+            found = [_Unit(key, Packed(part), layer) for key, part in zip(keys, parts, strict=True)]
+            self._units_of[name] = found
+        return found
+
+    def _existing(self, names: Sequence[str]) -> Iterator[_Unit]:
+        """The units of ``names``. What is missing is said when it is asked for."""
+        for name in names:
+            try:
+                yield from self._units(name)
+            except MissingTensorError:
+                continue
+
+    # --- the device ---------------------------------------------------------------------------------------------------
+
+    def _hold(self, unit: _Unit) -> torch.Tensor:
+        """The unit's buffer on the device, which stays as it is until the next call."""
+        key = unit.key
+        self._in_use = None
+        self._needed.discard(key)
+        self._ahead.discard(key)
+        entry = self._entries.get(key) or self._start_now(unit)
+        self._in_use = key
+        self._read_ahead()
+        self._count(unit, entry)
+        started = time.perf_counter()
+        try:
+            entry.arrival.result()
+        except BaseException:
+            self._in_use = None
+            self._forget(key)
+            raise
+        self.use.waited_s += time.perf_counter() - started
+        for shelf in (self._device, self._host):
+            if shelf is not None:
+                shelf.use(key)
+        return entry.buffer
+
+    def _count(self, unit: _Unit, entry: _Entry) -> None:
+        if unit.layer is not None:
+            if entry.asked_for:
+                self.use.device_hits += 1
+            elif entry.from_host:
+                self.use.host_hits += 1
+            else:
+                self.use.misses += 1
+        entry.asked_for = True
+
+    def _announce(self) -> None:
+        self._needed = {unit.key for units in (self._wanted, self._later) for unit in units}
+        self._ahead &= self._needed
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while len(self._ahead) < self._window and (queue := self._wanted or self._later):
+            unit = queue[0]
+            if unit.key in self._needed and unit.key not in self._entries:
+                if not self._start_early(unit):
+                    return
+                self._ahead.add(unit.key)
+            queue.popleft()
+
+    def _start_early(self, unit: _Unit) -> bool:
+        """Send for a unit, if there is room for it without giving up what is announced."""
+        region = self._room(unit, lambda key: key not in self._needed and self._may_leave(key))
+        if region is None:
+            return False
+        if self._host is not None and unit.key not in self._host:
+            if not self._place_on_host(unit.key, unit.size_bytes, unit.layer, patiently=False):
+                self._device.arena.give(region)
+                return False
+            self._start(unit, region, from_host=False)
+        else:
+            self._start(unit, region, from_host=self._host is not None)
+        return True
+
+    def _start_now(self, unit: _Unit) -> _Entry:
+        """Send for a unit in place of any other, or to memory of its own, which is given back after its use."""
+        region = self._room(unit, self._may_leave)
+        from_host = self._host is not None and unit.key in self._host
+        if self._host is not None and not from_host:
+            self._place_on_host(unit.key, unit.size_bytes, unit.layer, patiently=True)
+        return self._start(unit, region, from_host=from_host)
+
+    def _start(self, unit: _Unit, region: Region | None, *, from_host: bool) -> _Entry:
+        key, count = unit.key, unit.size_bytes
+        staged = None
+        if self._host is not None and key in self._host:
+            staged = self._host.arena.view(self._host.region(key), count)
+        if region is None:
+            buffer = torch.empty(count, dtype=torch.uint8, device=self._where)
+        else:
+            buffer = self._device.arena.view(region, count)
+        given_up = torch.cuda.current_stream(self._where).record_event() if self._on_gpu else None
+        arrival = self._pool.submit(self._bring, unit.packed, buffer, staged, from_host, given_up)
+        entry = _Entry(buffer, arrival, from_host)
+        if staged is not None:
+            self._filling[key] = arrival
+        if region is not None:
+            self._device.add(key, region, unit.layer)
+            self._entries[key] = entry
+            if staged is not None:
+                self._both[key] = None
+        return entry
+
+    def _bring(
+        self,
+        packed: Packed,
+        buffer: torch.Tensor,
+        staged: torch.Tensor | None,
+        is_there: bool,
+        given_up: torch.cuda.Event | None,
+    ) -> None:
+        """Fill ``buffer``, by way of host memory if there is some. Runs in a reader's thread."""
+        if staged is None and not self._on_gpu:
+            packed.read(buffer.numpy(), self._loader)
+            return
+        if staged is None:
+            staged = torch.empty(packed.size_bytes, dtype=torch.uint8)
+        if not is_there:
+            packed.read(staged.numpy(), self._loader)
+        if self._queue is None or given_up is None:
+            buffer.copy_(staged)
+            return
+        with torch.cuda.device(self._where), torch.cuda.stream(self._queue):
+            self._queue.wait_event(given_up)
+            buffer.copy_(staged, non_blocking=True)
+            done = self._queue.record_event()
+        done.synchronize()
+
+    def _room(self, unit: _Unit, may_leave: Callable[[str], bool]) -> Region | None:
+        """Room for a unit on the device, in place of what may leave if need be."""
+        while (region := self._device.arena.take(unit.size_bytes)) is None:
+            key = self._device.first_to_leave(may_leave) if unit.size_bytes <= self._device.arena.size_bytes else None
+            if key is None:
+                return None
+            self._leave_device(key)
+        return region
+
+    def _may_leave(self, key: str) -> bool:
+        return key != self._in_use and self._entries[key].arrival.done()
+
+    def _leave_device(self, key: str) -> None:
+        """Give up a unit's place on the device, for one in host memory if there is room."""
+        entry = self._entries[key]
+        if entry.arrival.exception() is not None:
+            self._forget(key)
+            return
+        if self._host is not None and key not in self._host:
+            layer = self._device.layer_of(key)
+            if self._place_on_host(key, entry.buffer.numel(), layer, patiently=False):
+                self._copy_to_host(key, entry.buffer)
+        del self._entries[key]
+        self._both.pop(key, None)
+        self._device.remove(key)
+
+    def _forget(self, key: str) -> None:
+        """Remove a unit that could not be read from both memories."""
+        self._entries.pop(key, None)
+        self._both.pop(key, None)
+        for shelf in (self._device, self._host):
+            if shelf is not None and key in shelf:
+                shelf.remove(key)
+
+    def _allocate_device(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.uint8, device=self._where)
+
+    # --- host memory --------------------------------------------------------------------------------------------------
+
+    def _place_on_host(self, key: str, count: int, layer: int | None, *, patiently: bool) -> bool:
+        """Set host memory aside. ``patiently``: where all of it is being filled, wait for a reader to be done."""
+        host = self._host
+        if host is None:
+            return False
+        while (region := host.arena.take(count)) is None:
+            leaver = next(filter(self._is_quiet, self._both), None) or host.first_to_leave(self._is_quiet)
+            if leaver is not None:
+                self._both.pop(leaver, None)
+                host.remove(leaver)
+                continue
+            busy = [filling for filling in self._filling.values() if not filling.done()]
+            if not (patiently and busy):
+                return False
+            wait(busy, return_when=FIRST_COMPLETED)
+        host.add(key, region, layer)
+        return True
+
+    def _is_quiet(self, key: str) -> bool:
+        """Whether nothing writes to, or copies from, a unit's host memory any more."""
+        filling, leaving = self._filling.get(key), self._leaving.get(key)
+        if (filling is not None and not filling.done()) or (leaving is not None and not leaving.query()):
+            return False
+        self._filling.pop(key, None)
+        self._leaving.pop(key, None)
+        return True
+
+    def _copy_to_host(self, key: str, buffer: torch.Tensor) -> None:
+        if self._host is None:
+            return
+        target = self._host.arena.view(self._host.region(key), buffer.numel())
+        if self._queue is None:
+            target.copy_(buffer)
+            return
+        computed = torch.cuda.current_stream(self._where).record_event()
+        with torch.cuda.device(self._where), torch.cuda.stream(self._queue):
+            self._queue.wait_event(computed)
+            target.copy_(buffer, non_blocking=True)
+            self._leaving[key] = self._queue.record_event()
+
+    def _allocate_host(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.uint8, pin_memory=self._on_gpu)
+
+
+def _shelf(arena: Arena, ahead_bytes: int) -> Shelf:
+    """A shelf whose permanent weights leave room for what is read ahead, but no more than half."""
+    return Shelf(arena, arena.size_bytes - min(arena.size_bytes // 2, ahead_bytes))
