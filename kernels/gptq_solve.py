@@ -38,6 +38,9 @@ SEARCH_STEPS = 20
 SEARCH_FLOOR = 0.6
 """A scale search tries so many fractions of the largest weight, from 1 down to this."""
 
+LARGEST_TILE = 256
+"""Columns of a group that the search keeps in registers: a kernel for more would take minutes to compile, and spill."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -145,7 +148,7 @@ def _search_scales_kernel(
     ZERO: tl.constexpr, TOP: tl.constexpr, STEPS: tl.constexpr, FLOOR: tl.constexpr, SMALLEST: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The scale of each group of BLOCK_N outputs that leaves the least error, each column's weighed by ``importance``."""
+    """The scale of each group of BLOCK_N outputs that leaves the least error, columns weighed by ``importance``."""
     group = tl.program_id(1)
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     place = tl.arange(0, GROUP)
@@ -249,7 +252,7 @@ def solve(weight: torch.Tensor, scales: torch.Tensor, factor: Factor, *, group_s
 
     Returns: codes [K, N] U8, columns in their own order.
     """
-    k, n = weight.shape
+    k = len(weight)
     weight = weight[factor.order]
     group_of = (factor.order // group_size).to(torch.int32)
     target, errors = weight.clone(), torch.empty_like(weight)
@@ -316,7 +319,7 @@ def search_scales(weight: torch.Tensor, importance: torch.Tensor, *, group_size:
     ``SEARCH_STEPS`` fractions of ``largest_scales``."""
     k, n = weight.shape
     zero, top = 1 << (bits - 1), (1 << bits) - 1
-    if _kernels_run(weight):
+    if _kernels_run(weight) and group_size <= LARGEST_TILE:
         groups, block_n = triton.cdiv(k, group_size), 32
         scales = weight.new_empty(groups, n)
         _search_scales_kernel[(triton.cdiv(n, block_n), groups)](

@@ -119,7 +119,7 @@ def command(
     from weightkit.layouts import open_checkpoint
     from weightkit.quantization.calibration import default_calibration
     from weightkit.quantization.job import describe, prepare
-    from weightkit.quantization.run import carry_out, outcome
+    from weightkit.quantization.run import carry_out
     from weightkit.quantization.settings import Settings
     from weightkit.workspace import source, target
 
@@ -154,10 +154,10 @@ def command(
         cost = describe(job, force=force)
         click.echo(json.dumps(cost.to_json()) if as_json else cost.render())
         return
-    report = carry_out(job, progress=not quiet, force=force)
-    if report is None:
+    outcome = carry_out(job, progress=not quiet, force=force)
+    if outcome is None:
         return
     if as_json:
-        click.echo(json.dumps(outcome(report, job.plan.write.target)))
+        click.echo(json.dumps(outcome.to_json()))
     elif not quiet:
-        click.echo(report.summary())
+        click.echo(outcome.render())

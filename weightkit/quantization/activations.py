@@ -1,4 +1,4 @@
-"""The hidden states of the calibration tokens, between two layers: on the GPU, or in host memory where that is small."""
+"""The hidden states of the calibration tokens between two layers: on the GPU, or in host memory where that is small."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def quantize(
         progress: show a bar.
         force: replace what an earlier run left in the target.
 
-    Returns: the report, which lies in the target too; under torchrun only on the first rank.
+    Returns: the report, which lies in the target too: that of the run that completed it, None where it is gone. Under
+        torchrun only on the first rank.
 
     Raises: as ``prepare`` and ``carry_out``.
     """
@@ -61,4 +62,5 @@ def quantize(
         host_memory=host_memory,
         snapshot_layers=snapshot_layers,
     )
-    return carry_out(job, progress=progress, force=force)
+    outcome = carry_out(job, progress=progress, force=force)
+    return None if outcome is None else outcome.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,8 +21,12 @@ from weightkit.quantization.memory import MemoryPlan, plan_memory
 from weightkit.quantization.plan import QuantizationPlan, plan_quantization
 from weightkit.quantization.ranks import Ranks
 from weightkit.quantization.settings import Settings
+from weightkit.quantization.state import State
+from weightkit.quantization.token_arrays import unknown_id
 from weightkit.units import counted, human_bytes
 from weightkit.writer import Summary, summarize
+from weightkit.writer.journal import Progress
+from weightkit.writer.target import require_space, space_needed
 
 SNAPSHOT_LAYERS = 8
 """Activations go to the disk after so many layers, and a stopped run begins there."""
@@ -99,11 +104,12 @@ def prepare(
     plan = plan_quantization(checkpoint, target, settings, calibration=digest, version=weightkit.__version__)
     calibrated = None
     if tokens is not None:
-        sequences = _share(*tokens.tokens.shape, ranks)
+        count, length = tokens.tokens.shape
+        sequences = _share(count, length, ranks)
         memory = plan_memory(
             plan,
             sequences=len(sequences),
-            seq_len=tokens.tokens.shape[1],
+            seq_len=length,
             device=where,
             gpu_memory=gpu_memory,
             host_memory=host_memory,
@@ -118,7 +124,7 @@ def _calibration(
     checkpoint: Checkpoint, calibration: Path | Calibration | None, samples: int, seq_len: int, seed: int
 ) -> Calibration:
     if isinstance(calibration, Calibration):
-        return calibration
+        return _of_this_model(calibration, architecture_of(checkpoint).vocab_size)
     if calibration is None:
         raise CalibrationError(
             "GPTQ needs text to calibrate with",
@@ -138,6 +144,13 @@ def _calibration(
         vocab_size=arch.vocab_size,
         max_position_embeddings=arch.max_position_embeddings,
     )
+
+
+def _of_this_model(calibration: Calibration, vocab_size: int) -> Calibration:
+    unknown = calibration.tokens[(calibration.tokens < 0) | (calibration.tokens >= vocab_size)]
+    if unknown.size:
+        raise unknown_id(int(unknown[0]), vocab_size, calibration.source)
+    return calibration
 
 
 def _share(sequences: int, seq_len: int, ranks: Ranks) -> range:
@@ -162,7 +175,8 @@ def _share(sequences: int, seq_len: int, ranks: Ranks) -> range:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job will take. ``write`` is the writer's part; sizes are bytes, ``gpu_bytes`` and ``host_bytes`` a rank's."""
+    """What a job will take. ``write`` is the writer's part; sizes are bytes, ``gpu_bytes`` and ``host_bytes`` of a
+    rank."""
 
     write: Summary
     ranks: int
@@ -214,15 +228,20 @@ def describe(job: Job, *, force: bool = False) -> Cost:
     )
 
 
-def require_disk(job: Job, left_bytes: int) -> None:
-    """Raise ``SpaceError`` where the disk has no room for kept activations beside ``left_bytes`` of output."""
-    snapshots = 2 * job.snapshot_bytes if job.snapshot_layers else 0
-    free = free_disk_bytes(job.plan.write.target)
-    if snapshots and snapshots + left_bytes > free:
+def require_disk(job: Job, files: Mapping[str, Progress], *, force: bool) -> None:
+    """Raise ``SpaceError`` where the disk has no room for what is left to write, by the progress of ``files``, and for
+    kept activations beside it."""
+    plan = job.plan.write
+    require_space(plan, files, force=force)
+    if not job.snapshot_layers:
+        return
+    needed = space_needed(plan, files, force=force) + 2 * job.snapshot_bytes - State(plan.target).snapshot_bytes
+    free = free_disk_bytes(plan.target)
+    if needed > free:
         raise SpaceError(
             "not enough free space for the activations that are kept for a resume",
-            where=job.plan.write.target,
-            expected=human_bytes(snapshots + left_bytes),
-            found=human_bytes(free),
+            where=plan.target,
+            expected=f"{needed:,} bytes",
+            found=f"{free:,}",
             fix="Free some, or use --snapshot-layers 0: a stopped run then goes through finished layers again.",
         )

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from weightkit.errors import QuantizationError
 from weightkit.family import expert_of
 from weightkit.model import Dispatch, GatedMLP, Layer, MoE, Rotation, TensorWeights
 from weightkit.quantization.activations import Activations
@@ -17,7 +18,7 @@ from weightkit.quantization.outbox import Outbox
 from weightkit.quantization.packed import Packed, flat, flat_bytes, unflat
 from weightkit.quantization.ranks import Ranks
 from weightkit.quantization.report import MatrixReport
-from weightkit.quantization.solver import Fate, Hessian, Solver
+from weightkit.quantization.solver import FIND, Fate, Hessian, Solver
 
 #: Inputs of an expert that are gathered at once, and whose products are summed at once.
 CHUNK_TOKENS = 65_536
@@ -96,7 +97,7 @@ class LayerQuantizer:
             names = [f"{layer.attention.prefix}.{module}.weight" for module in group]
             wanted = [name for name in names if name in self.shapes]
             if wanted:
-                self.upcoming(wanted)
+                self._upcoming_together(wanted)
                 inputs = partial(self._seen_by, wanted[0], passes)
                 self._replace(wanted, self._linears(wanted, inputs, activations.total_tokens, together=True))
         with self.clock.stage("attention"):
@@ -117,19 +118,28 @@ class LayerQuantizer:
                 self._experts(layer, mlp, activations, inputs)
             mlp = GatedMLP(f"{mlp.prefix}.shared_experts", self.weights)
         if mlp.names[0] in self.shapes:
-            self.upcoming(mlp.names)
+            self._upcoming_together(mlp.names)
             self._replace(mlp.names, self._gated(mlp, inputs, activations.total_tokens, together=True))
         if forward:
             with self.clock.stage("forward"):
+                largest = []
                 for place, batch in activations.batches():
                     layer.feed_forward(batch, batch)
                     activations.put(place, batch)
+                    largest.append(torch.linalg.vector_norm(batch, float("inf")))
+            if not bool(torch.isfinite(torch.stack(largest)).all()):
+                raise QuantizationError("the states after this layer hold NaN or Inf", where=layer.prefix, fix=FIND)
 
     def round(self) -> None:
         """Round each weight to nearest, without any input."""
         self.upcoming(list(self.shapes))
         for name in self.shapes:
             self._replace([name], self._solve([name], None, 0))
+
+    def _upcoming_together(self, names: Sequence[str]) -> None:
+        """Of weights that all ranks' inputs are for, which the first rank solves."""
+        if self.ranks.rank == 0:
+            self.upcoming(names)
 
     def _seen_by(self, name: str, passes: Callable[[], Iterator[Callable[[], object]]]) -> Iterator[torch.Tensor]:
         """What each pass through the layer brings to ``name``; none goes further than that."""
@@ -198,7 +208,7 @@ class LayerQuantizer:
         return lambda: iter(arrived.split(CHUNK_TOKENS))
 
     def _gated(self, mlp: GatedMLP, inputs: Chunks, tokens: int, *, together: bool) -> list[Packed]:
-        """Quantize gate and up, which share their input, and then down, which sees what the quantized two make of it."""
+        """Quantize gate and up, which share their input, and then down, which sees what these two make of it."""
         gate, up, down = mlp.names
         first = self._linears((gate, up), inputs, tokens, together=together)
         halves = {name: part.weight(self.weights.dtype) for name, part in zip((gate, up), first, strict=True)}

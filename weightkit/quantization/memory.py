@@ -95,8 +95,8 @@ def _too_little(what: str, option: str, needed: int, found: int) -> SpaceError:
     return SpaceError(
         f"not enough {what}",
         where=option,
-        expected=f"{human_bytes(needed)} at least",
-        found=human_bytes(found),
+        expected=f"at least {needed:,} bytes ({human_bytes(needed)})",
+        found=f"{found:,} ({human_bytes(found)})",
         fix="Use fewer --samples, a smaller --seq-len, or more GPUs.",
     )
 

@@ -15,10 +15,12 @@ Arrival = Callable[[], object]
 
 
 class Outbox:
-    """Tensors by name on their way to the disk. One thread puts, others take."""
+    """Tensors by name on their way to the disk. One thread puts, others take. A file that is whole waits for its name
+    until that thread has allowed it."""
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[torch.Tensor, Arrival | None]] = {}
+        self._allowed: set[str] = set()
         self._changed = threading.Condition()
         self._closed = False
 
@@ -46,6 +48,19 @@ class Outbox:
             arrival()
         content: Bytes = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         return content
+
+    def allow(self, file: str) -> None:
+        """What belongs to ``file`` is on the disk: it may get its name."""
+        with self._changed:
+            self._allowed.add(file)
+            self._changed.notify_all()
+
+    def settle(self, file: str) -> None:
+        """Wait until ``file`` is allowed. See ``weightkit.writer.executor.Promises``."""
+        with self._changed:
+            self._changed.wait_for(lambda: file in self._allowed or self._closed)
+            if file not in self._allowed:
+                raise Interrupted("stopped before it was complete", where=file)
 
     def close(self) -> None:
         """Nothing more comes: whoever waits is told so."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.json_file import json_bytes
 from weightkit.checkpoint.tensors import LazyTensor, Promised, size_bytes
-from weightkit.errors import UnsupportedError
+from weightkit.errors import PlanError, UnsupportedError
 from weightkit.family import QUANTIZE_CONFIG_NAME, Architecture, Expected, blueprint, gptq_config, is_mtp, layer_of
 from weightkit.layouts.declare import architecture_of
 from weightkit.layouts.fileset import file_set
@@ -111,6 +111,8 @@ def plan_quantization(
     expected = blueprint(Architecture.from_config(plain.config, where="the quantized config"))
     recipe = json.dumps(["gptq", ALGORITHM, settings.to_json(), calibration], sort_keys=True)
     shapes, tensors = _outputs(plain.tensors, expected, recipe)
+    if not shapes:
+        raise PlanError("there is nothing to quantize", where="--scope", found=settings.scope, fix="Use --scope all.")
     output = replace(plain, tensors=tensors)
     grouped = _by_layer(tensors)
     names = dict(zip(grouped, shard_names(len(grouped)), strict=True))

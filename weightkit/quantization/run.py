@@ -7,7 +7,8 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ import triton
 import weightkit
 from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.checkpoint import stored_tensors
-from weightkit.errors import Interrupted, SpaceError
+from weightkit.durable import only_writer
+from weightkit.errors import FormatError, Interrupted, MissingFileError, SpaceError, WeightkitError, WriteError
 from weightkit.model import Layer, Rope, Rotation
 from weightkit.model.loading import Loader
 from weightkit.quantization.activations import Activations, sequences_a_batch
@@ -39,14 +41,39 @@ from weightkit.quantization.solver import Solver
 from weightkit.quantization.source import Source
 from weightkit.quantization.state import State
 from weightkit.units import human_bytes
-from weightkit.writer.executor import CONTINUE, Run, open_run
-from weightkit.writer.target import inspect_target, require_space
+from weightkit.writer.executor import CONTINUE, Run, end_pool, open_run
+from weightkit.writer.target import inspect_target
 
 #: Threads that write: one for the layer in work, one for files in which nothing is quantized.
 WRITERS = 2
 
 
-def carry_out(job: Job, *, progress: bool = True, force: bool = False) -> QuantizationReport | None:
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of ``carry_out`` came to.
+
+    Attributes:
+        target: the folder.
+        report: of the run that completed it; None where that was an earlier one and its report is gone or damaged.
+        complete_before: an earlier run had completed the target: nothing was done.
+    """
+
+    target: Path
+    report: QuantizationReport | None
+    complete_before: bool
+
+    def to_json(self) -> dict[str, object]:
+        """What a script wants to know; the rest is in the report beside the output."""
+        found: dict[str, object] = {"target": str(self.target), "complete_before": self.complete_before}
+        return found | ({"report": None} if self.report is None else _figures(self.report, self.target))
+
+    def render(self) -> str:
+        """Lines for a terminal."""
+        said = [f"{self.target}: complete already."] if self.complete_before else []
+        return "\n".join([*said, "Its report is gone." if self.report is None else self.report.summary()])
+
+
+def carry_out(job: Job, *, progress: bool = True, force: bool = False) -> Outcome | None:
     """Quantize, as the job says. None on ranks other than the first.
 
     Raises:
@@ -54,23 +81,20 @@ def carry_out(job: Job, *, progress: bool = True, force: bool = False) -> Quanti
         QuantizationError: weights or activations that are not finite.
         Interrupted: by Ctrl-C; the next run continues.
     """
-    started = time.monotonic()
-    if job.ranks.rank == 0:
-        state = inspect_target(job.plan.write, force=force)
-        if state.complete:
-            return QuantizationReport.load(job.plan.write.target / JSON_NAME)
-        require_space(job.plan.write, state.files, force=force)
-        require_disk(job, job.plan.write.bytes_written - sum(file.bytes for file in state.files.values()))
-    outbox = Outbox()
+    started, outbox, is_first = time.monotonic(), Outbox(), job.ranks.rank == 0
     with ExitStack() as stack, torch.no_grad(), _said_clearly(job):
-        engine = job.engine
-        run: Run | None = None
-        if job.ranks.rank == 0:
-            run = stack.enter_context(
-                open_run(job.plan.write, engine=engine, progress=progress, force=force, promises=outbox)
-            )
+        run, refused = None, None
+        try:
+            run = _begun(job, outbox, stack, progress=progress, force=force) if is_first else None
+        except WeightkitError as exc:
+            refused = exc
+        goes_on = job.ranks.everybodys(run is not None)[0]  # the others must not wait for a rank that has nothing to do
+        if refused is not None:
+            raise refused
+        if not goes_on:
+            return _complete(job.plan.write.target) if is_first else None
         reader = stack.enter_context(Reader(job.plan.exact.stamps))
-        loader = Loader(reader, engine, job.device)
+        loader = Loader(reader, job.engine, job.device)
         source = Source(job.plan.exact, loader)
         stack.callback(source.close)
         work = _Work(job, run, outbox, loader, source)
@@ -84,7 +108,29 @@ def carry_out(job: Job, *, progress: bool = True, force: bool = False) -> Quanti
         write_report(report, job.plan.write.target)
         run.seal()
         work.state.clear()
-        return report
+        return Outcome(job.plan.write.target, report, complete_before=False)
+
+
+def _begun(job: Job, outbox: Outbox, stack: ExitStack, *, progress: bool, force: bool) -> Run | None:
+    """The first rank's hold on the target, until ``stack`` closes; None where it is complete."""
+    plan = job.plan.write
+    state = inspect_target(plan, force=force)
+    if state.complete:
+        return None
+    require_disk(job, state.files, force=force)
+    return stack.enter_context(open_run(plan, engine=job.engine, progress=progress, force=force, promises=outbox))
+
+
+def _complete(target: Path) -> Outcome:
+    """Of an earlier run, which may have been killed when all but its state's removal was done."""
+    state = State(target)
+    if state.folder.exists():
+        with suppress(OSError, WriteError), only_writer(target):
+            state.clear()
+    try:
+        return Outcome(target, QuantizationReport.load(target / JSON_NAME), complete_before=True)
+    except (FormatError, MissingFileError):
+        return Outcome(target, None, complete_before=True)
 
 
 @contextmanager
@@ -120,7 +166,7 @@ class _Work:
         self.outbox.close()
         if self.run is not None:
             self.run.stop.set()
-        self._pool.shutdown(cancel_futures=True)
+        end_pool(self._pool)
 
     def layers(self) -> list[LayerReport]:
         """All layers; their reports, those of earlier runs among them."""
@@ -131,19 +177,19 @@ class _Work:
                 self.state.clear()
             self._writing += [self._pool.submit(self.run.write_file, file) for file in plan.plain_files]
         first = next((layer for layer in range(last + 1) if plan.shapes_in(layer) and layer not in done), last + 1)
-        reports = [report for layer in range(first) if (report := self.state.report(layer)) is not None]
+        reports = {layer: report for layer in range(first) if (report := self.state.report(layer)) is not None}
         self.resumed = [layer for layer in range(first) if plan.shapes_in(layer)]
         if first <= last:
-            reports += self._from(first, last)
+            reports |= {report.layer: report for report in self._from(first, last)}
         for future in self._writing:
             future.result()
-        return reports
+        return [reports[layer] for layer in sorted(reports)]
 
     def _done_layers(self) -> frozenset[int]:
         """Layers that an earlier run has written."""
         found: frozenset[int] = frozenset()
         if self.run is not None:
-            numbers = {layer for layer in map(_layer_of, self.plan.shapes)}
+            numbers = set(map(_layer_of, self.plan.shapes))
             found = frozenset(layer for layer in numbers if self.run.is_done(self.plan.file_of(layer)))
         return self.ranks.everybodys(found)[0]
 
@@ -172,7 +218,10 @@ class _Work:
         shape = (len(mine), tokens.shape[1], self.plan.arch.hidden_size)
         hidden = torch.empty(shape, dtype=self.dtype, device=place, pin_memory=place != self.device)
         activations = Activations(hidden, self.device, tokens.size)
-        kept = self.ranks.everybodys(self.state.latest_snapshot(first, self.job.snapshot_bytes))[0]
+        kept = None
+        if self.ranks.rank == 0:
+            kept = self.state.latest_snapshot(first, self.job.snapshot_bytes)
+        kept = self.ranks.everybodys(kept)[0]
         if kept is not None:
             self.state.read_part(kept, hidden, mine.start)
             return activations, kept + 1
@@ -266,23 +315,29 @@ class _Work:
     ) -> LayerReport:
         """Wait until the layer is written, and say how it went."""
         found = [matrix for part in self.ranks.everybodys(quantizer.reports(index)) for matrix in part]
-        stages = clock.seconds()
-        if writing is not None:
-            waited = time.monotonic()
-            writing.result()
-            stages["write"] = time.monotonic() - waited
         order = {name.removesuffix(".weight"): place for place, name in enumerate(self.plan.shapes)}
         report = LayerReport(
             layer=index,
             matrices=tuple(sorted(found, key=lambda matrix: order[matrix.name])),
-            stage_s=stages,
+            stage_s=clock.seconds(),
             wall_s=time.monotonic() - started,
             gpu_peak_bytes=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
             host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
             tokens_by_expert=quantizer.tokens_by_expert,
         )
-        if writing is not None:
-            self.state.keep_report(report)
+        for plain in self._writing:
+            if plain.done():
+                plain.result()  # a disk that is full is better known now than after the last layer
+        if self.run is None:
+            return report
+        self.state.keep_report(report)
+        if writing is None:
+            return report
+        self.outbox.allow(self.plan.file_of(index).name)  # no layer counts as done without its report
+        waited = time.monotonic()
+        writing.result()
+        report.stage_s["write"] = time.monotonic() - waited
+        self.state.keep_report(report)
         return report
 
     def _tell(self, what: str) -> None:
@@ -333,12 +388,10 @@ def _described(calibration: Calibration) -> CalibrationReport:
     return CalibrationReport(calibration.source, calibration.sha256, samples, seq_len, calibration.tokens.size)
 
 
-def outcome(report: QuantizationReport, target: Path) -> dict[str, object]:
-    """What a script wants to know of a quantization; the rest is in the report beside the output."""
+def _figures(report: QuantizationReport, target: Path) -> dict[str, object]:
     errors = [matrix.error for matrix in report.matrices if matrix.error is not None]
     rounding = [matrix.rounding_error for matrix in report.matrices if matrix.rounding_error is not None]
     return {
-        "target": str(target),
         "report": str(target / JSON_NAME),
         "matrices": len(report.matrices),
         "mean_error": sum(errors) / len(errors) if errors else None,

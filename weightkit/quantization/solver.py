@@ -14,6 +14,8 @@ from weightkit.quantization.settings import Settings
 
 #: Of a matrix's tokens so many, evenly spread, tell its output error.
 SAMPLED_TOKENS = 2048
+#: What to do where something is not finite.
+FIND = "Check the source: weightkit verify --values lists weights that are not finite."
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Solver:
         with self._clock.stage("scales"):
             scales = self._scales(stacked, hessian, grid)
             rounded = kernels.round_to_nearest(stacked, scales, **grid)
-            require_finite(names, scales, widths)
+            require_finite(names, weights, scales, widths)
         if hessian is None:
             asked = self.settings.method == "rtn"
             factor, codes, note = None, rounded, None if asked else "no calibration token reached it"
@@ -126,6 +128,8 @@ class Solver:
                 return kernels.factorize(
                     hessian.total, act_order=self.settings.order == "act", damping=self.settings.damping
                 )
+            except FloatingPointError as exc:
+                raise QuantizationError(str(exc), where=name, fix=FIND) from exc
             except ArithmeticError as exc:
                 raise QuantizationError(str(exc), where=name, fix="Use a larger --damping.") from exc
 
@@ -151,16 +155,17 @@ class Solver:
         return list(torch.stack(found, dim=1))
 
 
-def require_finite(names: Sequence[str], scales: torch.Tensor, widths: Sequence[int]) -> None:
-    """Raise ``QuantizationError`` for the weights whose scales [groups, N] are not: they hold NaN or Inf, or more than
-    F16 holds."""
-    if bool(torch.isfinite(scales).all()):
+def require_finite(
+    names: Sequence[str], weights: Sequence[torch.Tensor], scales: torch.Tensor, widths: Sequence[int]
+) -> None:
+    """Raise ``QuantizationError`` for weights that hold NaN or Inf, or more than ``scales`` [groups, N], F16, reach."""
+    sums = torch.stack([weight.sum() for weight in weights])  # NaN and Inf stay in a sum, whatever else is in it
+    sizes = torch.stack([part.amax() for part in scales.split(list(widths), 1)])
+    finite = torch.isfinite(sums) & torch.isfinite(sizes)
+    if bool(finite.all()):
         return
-    bad = [
-        name for name, part in zip(names, scales.split(list(widths), 1), strict=True) if not torch.isfinite(part).all()
-    ]
     raise QuantizationError(
         "weights that are not finite, or too large for scales in F16",
-        where=", ".join(bad),
-        fix="weightkit verify --values lists all such weights.",
+        where=", ".join(name for name, good in zip(names, finite.tolist(), strict=True) if not good),
+        fix=FIND,
     )

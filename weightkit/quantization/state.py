@@ -56,6 +56,12 @@ class State:
         ]
         return max((layer for layer in found if layer < before), default=None)
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """Disk that kept states take now, those that were never finished among them."""
+        found = self.folder.glob("after-*.bin*")
+        return sum(path.stat().st_blocks * 512 for path in found)
+
     def begin_snapshot(self, layer: int, size_bytes: int) -> None:
         """Make room for the states after ``layer``; before ranks write."""
         self.folder.mkdir(parents=True, exist_ok=True)

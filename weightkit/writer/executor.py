@@ -149,6 +149,10 @@ class Promises(Protocol):
         """The tensor's bytes, flat; waits until they are made. Asked once for each, in the order of the file."""
         ...
 
+    def settle(self, file: str) -> None:
+        """Waits for what must be on the disk before a file of theirs, whole by now, gets its name."""
+        ...
+
 
 @contextmanager
 def open_run(
@@ -223,7 +227,7 @@ class Run:
             raise Interrupted("stopped; what was written is kept", where=self.plan.target, fix=CONTINUE) from exc
         finally:
             self.stop.set()
-            _end(pool)
+            end_pool(pool)
 
     def write_file(self, file: PlannedFile) -> None:
         """One file: to its partial name, synced, checked, renamed, journalled."""
@@ -234,7 +238,8 @@ class Run:
             self.bar.add(file.size_bytes)
             self.bar.part_done()
             return
-        start, digest = self._durable_prefix(partial, before)
+        promised = _is_promised(file)
+        start, digest = (0, None) if promised else self._durable_prefix(partial, before)
         self.bar.add(start)
         stream = AppendStream(partial, file.size_bytes, resume_at=start, digest=digest)
         try:
@@ -244,6 +249,8 @@ class Run:
             self._keep(stream, file)
             raise
         _require_as_planned(partial, file)
+        if promised and self._promises is not None:
+            self._promises.settle(file.name)
         partial.rename(final)
         sync_folder(self.plan.target)
         self._record(file, Progress(file.size_bytes, sha256, done=True))
@@ -268,7 +275,7 @@ class Run:
 
     def _fill(self, stream: AppendStream, file: PlannedFile) -> None:
         self._count(stream.append(_as_bytes(file.header)))
-        durable = stream.position
+        durable, resumable = stream.position, not _is_promised(file)
         for piece in pieces(file.tensors):
             if stream.skip(piece.size_bytes):
                 durable = stream.position
@@ -280,7 +287,7 @@ class Run:
                 data = self._make(piece)
                 require_in_range(piece, data)
                 self._count(stream.append(data))
-            if stream.position - durable >= DURABLE_EVERY_BYTES:
+            if resumable and stream.position - durable >= DURABLE_EVERY_BYTES:
                 durable = stream.position
                 self._record(file, Progress(*stream.make_durable()))
 
@@ -306,7 +313,7 @@ class Run:
         """After a failure: journal what is safe, so that the next run continues there."""
         try:
             progress = Progress(*stream.make_durable())
-            if progress.bytes:
+            if progress.bytes and not _is_promised(file):
                 self._record(file, progress)
         except (OSError, WriteError):
             pass  # the disk that failed may fail again; the last durable line still holds
@@ -339,7 +346,13 @@ class Run:
 CONTINUE = "Run the same command again: it continues where it stopped."
 
 
-def _end(pool: ThreadPoolExecutor) -> None:
+def _is_promised(file: PlannedFile) -> bool:
+    """Whether it holds what is made elsewhere: made again it might have other bytes, which must not meet the old ones
+    within one file, so such a file is never continued."""
+    return any(isinstance(tensor, Promised) for tensor in file.tensors.values())
+
+
+def end_pool(pool: ThreadPoolExecutor) -> None:
     """Wait for the workers, whatever is pressed: until they are through, files and the target are theirs."""
     while True:
         try:

@@ -147,23 +147,27 @@ def _left_behind(target: Path) -> list[Path]:
 
 
 def require_space(plan: Plan, files: Mapping[str, Progress], *, force: bool = False) -> None:
-    """Raise ``SpaceError`` where the filesystem lacks room for what is left to write.
+    """Raise ``SpaceError`` where the filesystem lacks room for what is left to write."""
+    needed, free = space_needed(plan, files, force=force), free_disk_bytes(plan.target)
+    if needed > free:
+        raise SpaceError(
+            "not enough free space",
+            where=plan.target,
+            expected=f"{needed:,} bytes",
+            found=f"{free:,}",
+            fix="Free some, or name a target elsewhere.",
+        )
+
+
+def space_needed(plan: Plan, files: Mapping[str, Progress], *, force: bool = False) -> int:
+    """Bytes that the filesystem must have free for what is left to write.
 
     What lies there already counts: partial files, which are continued, and with ``force`` all that will be removed.
     """
     needed = sum(file.size_bytes for file in plan.files if not _is_done(file.name, files)) + SLACK_BYTES
     needed += sum(file.size_bytes for file in plan.side_files.values())
     partial = [plan.target / (file.name + PARTIAL) for file in plan.files]
-    held = sum(map(_allocated, _left_behind(plan.target) if force else partial))
-    free = free_disk_bytes(plan.target)
-    if needed - held > free:
-        raise SpaceError(
-            "not enough free space",
-            where=plan.target,
-            expected=f"{needed - held:,} bytes",
-            found=f"{free:,}",
-            fix="Free some, or name a target elsewhere.",
-        )
+    return needed - sum(map(_allocated, _left_behind(plan.target) if force else partial))
 
 
 def require_memory(needed: int) -> None:
