@@ -51,6 +51,7 @@ LIGHT = (
     "weightkit.layouts",
     "weightkit.transforms",
     "weightkit.examine",
+    "weightkit.sizing",
     "weightkit.workspace",
     "weightkit.writer",
     "weightkit.cli",

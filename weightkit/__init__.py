@@ -21,6 +21,7 @@ All of it:
     write               to a folder, resumable and checksummed
     verify              all problems of a checkpoint at once
     inspect             what a checkpoint is, or a known model, with nothing downloaded
+    plan                what a model takes of GPUs, disk and time, before it is fetched
     generate            text, from any layout and dtype
     fetch               from Hugging Face or ModelScope, resumable and verified
     WeightkitError      the base of all errors that are raised on purpose
@@ -45,6 +46,7 @@ _HOMES = {
     "keep_experts": "weightkit.transforms",
     "merge": "weightkit.transforms",
     "open_checkpoint": "weightkit.layouts",
+    "plan": "weightkit.sizing",
     "quantize": "weightkit.quantization",
     "shard": "weightkit.transforms",
     "strip_mtp": "weightkit.transforms",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from weightkit.hub import fetch
     from weightkit.layouts import open_checkpoint
     from weightkit.quantization import quantize
+    from weightkit.sizing.plan import plan
     from weightkit.transforms import cast, keep_experts, merge, shard, strip_mtp
     from weightkit.writer import write
 
@@ -74,6 +77,7 @@ __all__ = [
     "keep_experts",
     "merge",
     "open_checkpoint",
+    "plan",
     "quantize",
     "shard",
     "strip_mtp",

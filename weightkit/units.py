@@ -14,6 +14,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def human_binary_bytes(count: float) -> str:
+    """``641.3 GiB``, as GPUs count; GiB is the largest unit, so that what is compared has the same."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(count) >= 0.9995 * (1 << power):
+            return f"{count / (1 << power):,.1f} {unit}"
+    return f"{count:.0f} B"
+
+
 def counted(count: int, noun: str) -> str:
     """``1 file``, ``1,024 files``."""
     return f"{count:,} {noun}{'s' * (count != 1)}"

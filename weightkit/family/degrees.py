@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain, pairwise
 
 from weightkit.errors import PlanError
 from weightkit.family.architecture import Architecture
-from weightkit.family.blueprint import Expected, layer_records, outer_records
+from weightkit.family.blueprint import Expected, Role, layer_records, outer_records
 from weightkit.family.quantization import FP8, Quantization
 
 MARLIN_COLUMNS = 64
@@ -88,41 +89,59 @@ def require_mp(arch: Architecture, n: int, *, fp8: bool, gptq: bool = False) -> 
     raise PlanError(what, fix=f"{fix}.")
 
 
-def tp_problems(arch: Architecture, n: int) -> list[DegreeProblem]:
-    """What keeps an engine from loading a GPTQ checkpoint with tensor parallelism over ``n`` GPUs.
+def tp_problems(arch: Architecture, n: int, *, whole_experts: bool = False) -> list[DegreeProblem]:
+    """What keeps an engine from loading a checkpoint with tensor parallelism over ``n`` GPUs.
 
-    Engines cut routed experts too, which ``shard --mp`` does not: each GPU's part of an expert must be whole groups,
-    and whole tiles of 64 columns for vLLM's Marlin kernel (its 0.25.1: ``(moe_intermediate_size / tp) % max(64,
-    group_size) == 0``). Expert parallelism cuts none. An architecture that is not GPTQ has only its heads divided.
+    Engines cut routed experts too, which ``shard --mp`` does not; embedding and head they pad. Of a weight in FP8 each
+    GPU's part must be whole blocks (vLLM: ``validate_fp8_block_shape``, and "not divisible by weight quantization
+    block_n" for experts; SGLang says the same). Of GPTQ it must be whole groups, and of an expert whole tiles of 64
+    columns for vLLM's Marlin kernel (its 0.25.1: ``(moe_intermediate_size / tp) % max(64, group_size) == 0``).
+
+    Args:
+        arch: the architecture, in the form that the engine loads.
+        n: number of GPUs.
+        whole_experts: expert parallelism (``--enable-expert-parallel``): routed experts stay whole and are dealt out,
+            all else is cut as before.
     """
     if n < 1:
         return [DegreeProblem("--tp", f"{n} is not a number of GPUs")]
     problems = []
     if arch.num_attention_heads % n:
         problems.append(_uneven("num_attention_heads", f"{arch.num_attention_heads} attention heads", n))
-    quantization = arch.quantization
-    if n == 1 or quantization is None or not quantization.is_gptq:
+    if n == 1:
         return problems
-    split = (problem for problem in _split_problems(arch, n) if problem.where.endswith(".qweight"))
-    return [*problems, *split, *_expert_problems(arch, quantization, n)]
+    if whole_experts and n > arch.n_routed_experts:
+        problems.append(DegreeProblem("n_routed_experts", f"{arch.n_routed_experts} experts are fewer than {n} GPUs"))
+    problems += _split_problems(arch, n, padded=(Role.EMBEDDING, Role.HEAD))
+    return problems if whole_experts else [*problems, *_expert_problems(arch, n)]
 
 
-def legal_tp(arch: Architecture) -> tuple[int, ...]:
-    """Every number of GPUs without ``tp_problems``, ascending. For DeepSeek-V3 in int4 with groups of 128: 1 to 16."""
+def legal_tp(arch: Architecture, *, whole_experts: bool = False) -> tuple[int, ...]:
+    """Every number of GPUs without ``tp_problems``, ascending. For DeepSeek-V3: 1 to 16 in FP8 and in int4 with groups
+    of 128, 1 to 128 in BF16."""
     heads = arch.num_attention_heads
-    return tuple(n for n in range(1, heads + 1) if heads % n == 0 and not tp_problems(arch, n))
+    candidates = (n for n in range(1, heads + 1) if heads % n == 0)
+    return tuple(n for n in candidates if not tp_problems(arch, n, whole_experts=whole_experts))
 
 
-def _expert_problems(arch: Architecture, quantization: Quantization, n: int) -> Iterator[DegreeProblem]:
-    unit = max(MARLIN_COLUMNS, quantization.group_size)
+def _expert_problems(arch: Architecture, n: int) -> Iterator[DegreeProblem]:
+    """Why a routed expert's columns do not divide among ``n`` GPUs; the first layer where it is so."""
+    quantization, size = arch.quantization, arch.moe_intermediate_size
     for layer in range(arch.num_hidden_layers):
+        name = f"model.layers.{layer}.mlp.experts.0.down_proj"
         if not arch.is_moe_layer(layer):
             continue
-        name = f"model.layers.{layer}.mlp.experts.0.down_proj"
-        if quantization.quantizes(name) and arch.moe_intermediate_size % (unit * n):
-            size = arch.moe_intermediate_size
-            what = f"{size} columns of an expert (group size {quantization.group_size}) are not {n} times whole {unit}s"
-            yield DegreeProblem(f"{name}.qweight", what)
+        unit, leaf, kind = 1, "weight", ""
+        if quantization is not None and quantization.quantizes(name):
+            if quantization.is_gptq:
+                unit, leaf = max(MARLIN_COLUMNS, quantization.group_size), "qweight"
+                kind = f" (group size {quantization.group_size})"
+            elif quantization.block_size is not None:
+                unit, kind = quantization.block_size[1], " (in scale blocks)"
+        if size % (unit * n):
+            whole = f"whole {unit}s" if unit > 1 else "as many"
+            what = f"{size} columns of an expert{kind} are not {n} times {whole}"
+            yield DegreeProblem(f"{name}.{leaf}", what)
             return
 
 
@@ -170,11 +189,12 @@ def _in_form(arch: Architecture, *, fp8: bool, gptq: bool) -> Architecture:
     return arch if gptq and arch.is_gptq else replace(arch, quantization=None)
 
 
-def _split_problems(arch: Architecture, n: int) -> Iterator[DegreeProblem]:
+def _split_problems(arch: Architecture, n: int, *, padded: tuple[Role, ...] = ()) -> Iterator[DegreeProblem]:
+    """Of all that is cut but what ``padded`` names, which may be cut anywhere."""
     block = arch.block_size or (1, 1)
     seen = set()
     for record in _representatives(arch):
-        if record.split_dim is None or record.weight_name is not None:
+        if record.split_dim is None or record.role in padded:  # the first is for the type checker
             continue
         size = record.shape[record.split_dim]
         kind = (record.role, size, record.codes_per_word > 1 and record.split_dim)
@@ -218,15 +238,16 @@ def _gptq_problem(record: Expected, dim: int, n: int, quantization: Quantization
     return _uneven(record.name, f"{columns} columns in words of {words}", n) if columns % (words * n) else None
 
 
-def _representatives(arch: Architecture) -> Iterator[Expected]:
-    """The tensors outside the layers, and of layers of all kinds there are: the first dense one and the first MoE one;
-    every layer where rules may quantize some and not others. Of routed experts one, since they are not cut."""
-    yield from outer_records(arch)
-    if arch.is_gptq:
-        one = replace(arch, n_routed_experts=1)
-        for layer in range(arch.num_hidden_layers):
-            yield from layer_records(one, layer)
-        return
-    kinds = {arch.is_moe_layer(layer): layer for layer in reversed(range(arch.num_hidden_layers))}
-    for layer in sorted(kinds.values()):
-        yield from layer_records(arch, layer)
+@lru_cache(maxsize=16)
+def _representatives(arch: Architecture) -> tuple[Expected, ...]:
+    """Weights that are cut, outside the layers and of layers of all kinds there are: the first dense one and the first
+    MoE one; every layer where rules may quantize some and not others. Of routed experts one, since they are not cut."""
+    one = replace(arch, n_routed_experts=1)
+    layers = range(arch.num_hidden_layers)
+    if not arch.is_gptq:
+        kinds = {arch.is_moe_layer(layer): layer for layer in reversed(layers)}
+        layers_of_kinds = sorted(kinds.values())
+    else:
+        layers_of_kinds = list(layers)
+    records = chain(outer_records(arch), *(layer_records(one, layer) for layer in layers_of_kinds))
+    return tuple(record for record in records if record.split_dim is not None and record.weight_name is None)
