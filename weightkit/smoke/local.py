@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from weightkit import manifests
 from weightkit.checkpoint import Checkpoint
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import NonFiniteError, WeightkitError
@@ -19,6 +17,7 @@ from weightkit.layouts import open_checkpoint
 from weightkit.manifests import Manifest
 from weightkit.smoke.determinism import check_determinism
 from weightkit.smoke.forward import Pass, run
+from weightkit.smoke.identity import known_manifest
 from weightkit.smoke.material import Material, prompt_ids
 from weightkit.smoke.prompts import Prompt, check_answers, prompts_for
 from weightkit.smoke.routing import check_load, check_routers
@@ -34,8 +33,6 @@ with weights rounded to 8 or 4 bits."""
 
 _DETERMINISM_PROMPTS = 2
 _UNMADE = "logits are not finite"
-#: What a conversion changes without changing what the model answers.
-_NOT_IDENTITY = {"quantization", "num_nextn_predict_layers", "dtype", "max_position_embeddings"}
 
 
 def smoke_checkpoint(
@@ -86,20 +83,6 @@ def smoke_checkpoint(
             )
         title = f"{checkpoint.root} ({_described(runtime)})"
     return Verdict(title, tuple(checks))
-
-
-def known_manifest(checkpoint: Checkpoint) -> Manifest | None:
-    """The manifest with expectations whose architecture is the checkpoint's; layouts, casts and quantizations aside."""
-    own = _identity(Architecture.from_config(checkpoint.config, where=f"the config of {checkpoint.root}"))
-    for name in manifests.names():
-        manifest = manifests.load(name)
-        if manifest.smoke is not None and _identity(Architecture.from_config(manifest.config, where=name)) == own:
-            return manifest
-    return None
-
-
-def _identity(arch: Architecture) -> dict[str, object]:
-    return {field.name: getattr(arch, field.name) for field in fields(arch) if field.name not in _NOT_IDENTITY}
 
 
 def _described(runtime: Runtime) -> str:

@@ -33,7 +33,14 @@ class Material:
     what: str
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer | None, prompts: Sequence[Prompt], vocab_size: int, most: int) -> Material:
+    def of(
+        cls,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[Prompt],
+        vocab_size: int,
+        most: int,
+        passage_most: int | None = None,
+    ) -> Material:
         """The material for a model.
 
         Args:
@@ -41,6 +48,7 @@ class Material:
             prompts: put into the chat template where there is one.
             vocab_size: the model's.
             most: tokens that the model takes.
+            passage_most: tokens of the passage to take; None for all.
 
         Raises:
             TokenizerError: a chat template that fails.
@@ -49,7 +57,7 @@ class Material:
         if tokenizer is None:
             drawn = torch.randint(vocab_size, (min(RANDOM_TOKENS, most),), generator=torch.Generator().manual_seed(0))
             return cls(tuple(drawn.tolist()), 0, f"{len(drawn)} random tokens")
-        ids = tokenizer.encode(passage())
+        ids = tokenizer.encode(passage())[:passage_most]
         passage_tokens = min(len(ids), most)
         for prompt in prompts:
             ids += prompt_ids(tokenizer, prompt)
