@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,11 +11,11 @@ import torch
 from weightkit.checkpoint import Checkpoint, LazyTensor, Reader
 from weightkit.checkpoint.direct import DirectReader
 from weightkit.checkpoint.dtypes import FLOAT_DTYPES
-from weightkit.checkpoint.tensors import elements, narrow
+from weightkit.checkpoint.tensors import elements, narrow, size_bytes
 from weightkit.compute import choose_engine
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import GenerationError, SpaceError
-from weightkit.family import Architecture, expert_of, is_mtp
+from weightkit.family import Architecture, expert_of, is_mtp, layer_of
 from weightkit.machine import available_memory_bytes, default_jobs
 from weightkit.model.loading import Loader, torch_dtype
 from weightkit.model.memory import ALIGNMENT, FREE_SHARE, free_memory_bytes
@@ -43,6 +43,9 @@ class WeightSizes:
         expert_layers: layers with routed experts.
         largest_expert: bytes of the largest of an expert's matrices, as it is stored.
         largest: bytes of the largest unit that is kept as one, as it is stored.
+        largest_dense: bytes of such a unit in the compute dtype.
+        attention: bytes of the attention of one layer in the compute dtype, the most of all layers.
+        row: bytes of an embedding's row, as it is stored.
     """
 
     always: int
@@ -51,6 +54,9 @@ class WeightSizes:
     expert_layers: int
     largest_expert: int
     largest: int
+    largest_dense: int
+    attention: int
+    row: int
 
     @property
     def total(self) -> int:
@@ -82,6 +88,8 @@ class CheckpointWeights:
         stream: whether weights are read as they are needed although all would fit, or must not be where they do not;
             None: only if they do not fit.
         jobs: weights read at once.
+        share: of the tensors, dequantized but not read, those and those parts that this process needs, such as
+            ``rank_share`` cuts; None for all.
 
     Attributes:
         arch: the architecture that the config describes.
@@ -104,6 +112,7 @@ class CheckpointWeights:
         host_bytes: int | None = None,
         stream: bool | None = None,
         jobs: int | None = None,
+        share: Callable[[Checkpoint], Checkpoint] | None = None,
     ) -> None:
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise GenerationError("unknown dtype", where="dtype", expected=", ".join(FLOAT_DTYPES), found=repr(dtype))
@@ -115,7 +124,8 @@ class CheckpointWeights:
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         stored = {name: short for short, name in FLOAT_DTYPES.items()}[self.arch.dtype]
         self.dtype = torch_dtype(FLOAT_DTYPES[dtype or ("f32" if self.device.type == "cpu" else stored)])
-        self._checkpoint = cast(checkpoint, stored)
+        whole = cast(checkpoint, stored)
+        self._checkpoint = whole if share is None else share(whole)
         self._memory_bytes, self._host_bytes, self._stream = memory_bytes, host_bytes, stream
         self._jobs = jobs
 
@@ -153,15 +163,23 @@ class CheckpointWeights:
         """What the weights take."""
         units = {name: Packed(tensor).size_bytes for name, tensor in self._needed()}
         routed = {name: size for name, size in units.items() if expert_of(name) is not None}
-        dense = sum(elements(tensor) * self._dtype_of(name).itemsize for name, tensor in self._needed())
-        largest = (min(size, UNIT_BYTES) for size in units.values())
+        dense = {name: elements(tensor) * self._dtype_of(name).itemsize for name, tensor in self._needed()}
+        attention: dict[int | None, int] = {}
+        for name, size in dense.items():
+            if ".self_attn." in name:
+                attention[layer_of(name)] = attention.get(layer_of(name), 0) + size
+        widened = self.dtype.itemsize / torch_dtype(self.arch.dtype).itemsize
+        embedding = self._checkpoint[_EMBEDDING]
         return WeightSizes(
             always=sum(units.values()) - sum(routed.values()),
             experts=sum(routed.values()),
-            dense=dense,
+            dense=sum(dense.values()),
             expert_layers=sum(map(self.arch.is_moe_layer, range(self.arch.num_hidden_layers))),
             largest_expert=max(routed.values(), default=0),
-            largest=max(largest, default=0),
+            largest=max((min(size, UNIT_BYTES) for size in units.values()), default=0),
+            largest_dense=int(max((min(size, UNIT_BYTES * widened) for size in dense.values()), default=0)),
+            attention=max(attention.values(), default=0),
+            row=size_bytes(embedding) // embedding.shape[0],
         )
 
     @property
@@ -180,6 +198,16 @@ class CheckpointWeights:
         return self._host_bytes
 
     @property
+    def packed_bytes(self) -> int:
+        """What all weights take at most as they are stored, gaps between them included."""
+        return self.sizes.total + ALIGNMENT * sum(1 for _ in self._needed())
+
+    @property
+    def may_stream(self) -> bool | None:
+        """The argument ``stream``."""
+        return self._stream
+
+    @property
     def is_resident(self) -> bool:
         """Whether all weights stay on the device in the compute dtype."""
         return not self._stream and self.sizes.dense <= self.memory_bytes
@@ -187,7 +215,7 @@ class CheckpointWeights:
     @property
     def is_streamed(self) -> bool:
         """Whether files are read again while generating, or may be."""
-        return bool(self._stream) or (not self.is_resident and self._packed_bytes > self.memory_bytes)
+        return bool(self._stream) or (not self.is_resident and self.packed_bytes > self.memory_bytes)
 
     @property
     def files(self) -> dict[str, int]:
@@ -247,37 +275,19 @@ class CheckpointWeights:
         names."""
         self._store.upcoming(names)
 
-    def always_needed(self, layer: int) -> list[str]:
-        """The weights of a layer that every token needs, attention first."""
-        return self._always_of.get(layer, [])
-
-    @cached_property
-    def _always_of(self) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
-        for name, _ in self._needed():
-            parts = name.split(".")
-            if expert_of(name) is None and parts[1] == "layers":
-                found.setdefault(int(parts[2]), []).append(name)
-        return {layer: sorted(names, key=lambda name: ".mlp." in name) for layer, names in found.items()}
-
     def _needed(self) -> Iterator[tuple[str, LazyTensor]]:
         for name, tensor in self._checkpoint.tensors.items():
             rows_only = name == _EMBEDDING and not self.arch.tie_word_embeddings
             if not rows_only and not is_mtp(name, self.arch) and not any(part in name for part in _UNUSED):
                 yield name, tensor
 
-    @property
-    def _packed_bytes(self) -> int:
-        """What all weights take at most as they are stored, gaps between them included."""
-        return self.sizes.total + ALIGNMENT * sum(1 for _ in self._needed())
-
     def _require_fit(self) -> None:
-        if self._stream is not False or self.is_resident or self._packed_bytes <= self.memory_bytes:
+        if self._stream is not False or self.is_resident or self.packed_bytes <= self.memory_bytes:
             return
         raise SpaceError(
             "the weights do not fit in memory, and are not to be streamed",
             where=self._checkpoint.root,
-            expected=f"room for {human_bytes(self._packed_bytes)} of weights",
+            expected=f"room for {human_bytes(self.packed_bytes)} of weights",
             found=human_bytes(self.memory_bytes),
             fix="Leave out --no-stream, or give more memory.",
         )
@@ -293,7 +303,7 @@ class CheckpointWeights:
         source = Source(self._checkpoint.__getitem__, self._dtype_of, self._loader)
         if self.is_resident:
             return Resident(source, self.jobs)
-        most = self._packed_bytes
+        most = self.packed_bytes
         return Streamed(
             source,
             device_bytes=min(self.memory_bytes, most),

@@ -70,6 +70,7 @@ class Packed:
                 done += count
         if isinstance(self.lazy, GroupDequantized) and len(self.parts) == 4:
             g_idx = out[self.starts[3] : self.starts[3] + size_bytes(self.lazy.g_idx)].view(np.int32)
+            g_idx -= np.int32(self.lazy.first_group)
             require_groups(g_idx, self.lazy.scales.shape[0], where=next(stored_parts(self.lazy.g_idx)).path)
 
     def linear(self, buffer: torch.Tensor, x: torch.Tensor, loader: Loader) -> torch.Tensor:

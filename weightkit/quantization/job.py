@@ -19,10 +19,10 @@ from weightkit.quantization.activations import sequences_a_batch
 from weightkit.quantization.calibration import Calibration, load_calibration
 from weightkit.quantization.memory import MemoryPlan, plan_memory
 from weightkit.quantization.plan import QuantizationPlan, plan_quantization
-from weightkit.quantization.ranks import Ranks
 from weightkit.quantization.settings import Settings
 from weightkit.quantization.state import State
 from weightkit.quantization.token_arrays import unknown_id
+from weightkit.ranks.ranks import Ranks
 from weightkit.units import counted, human_bytes
 from weightkit.writer import Summary, summarize
 from weightkit.writer.journal import Progress

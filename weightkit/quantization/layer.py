@@ -16,9 +16,9 @@ from weightkit.quantization.clock import Clock
 from weightkit.quantization.layer_weights import LayerWeights
 from weightkit.quantization.outbox import Outbox
 from weightkit.quantization.packed import Packed, flat, flat_bytes, unflat
-from weightkit.quantization.ranks import Ranks
 from weightkit.quantization.report import MatrixReport
 from weightkit.quantization.solver import FIND, Fate, Hessian, Solver
+from weightkit.ranks.ranks import Ranks
 
 #: Inputs of an expert that are gathered at once, and whose products are summed at once.
 CHUNK_TOKENS = 65_536

@@ -11,9 +11,11 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,10 @@ LOOK_EVERY_S = 0.5
 GRACE_S = 3.0
 """How long a rank has to end by itself once another failed; and how long the cause has to become known, where all that
 a rank sees is that another is gone."""
+
+LEAVE_AFTER_S = 1.0
+FIRST_WORD_S = 0.3
+"""How long rank 0 has to be the first to report what all ranks find at once."""
 
 
 @contextmanager
@@ -54,7 +60,12 @@ def together(ranks: Ranks, world: World) -> Iterator[None]:
         raise _of_rank(exc, world) from exc
     finally:
         watch.stop()
-    dist.destroy_process_group()
+
+
+def leave_quietly() -> NoReturn:
+    """Exit with code 1, after the rank that says why: torchrun ends the others as soon as the first has ended."""
+    time.sleep(LEAVE_AFTER_S)
+    raise SystemExit(1)
 
 
 class _Watch:
@@ -62,6 +73,7 @@ class _Watch:
 
     def __init__(self, world: World) -> None:
         run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._rank = world.rank
         self._key = f"weightkit/failed/{run}"
         # a connection of its own: a group's may be held by an exchange that waits
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -74,7 +86,8 @@ class _Watch:
         # who was started by hand may well outlive the shell that did it
         self._parent = os.getppid() if {LAUNCHED, "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
         self._stopped = threading.Event()
-        threading.Thread(target=self._look, name=f"rank {world.rank}'s watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._look, name=f"rank {world.rank}'s watch", daemon=True)
+        self._thread.start()
 
     def failed(self) -> bool:
         """Whether some rank failed. So it is where the store is gone: its keeper ended."""
@@ -89,22 +102,23 @@ class _Watch:
         Raises:
             SystemExit: another rank's failure came first.
         """
-        waited = threading.Event()
-        if isinstance(error, RankError):  # only the other end of somebody's failure, if that becomes known
-            for _ in range(int(GRACE_S / LOOK_EVERY_S)):
-                if self.failed():
-                    break
-                waited.wait(LOOK_EVERY_S)
         self.stop()
+        if isinstance(error, RankError):  # only the other end of somebody's failure, if that becomes known
+            until = time.monotonic() + GRACE_S
+            while time.monotonic() < until and not self.failed():
+                time.sleep(LOOK_EVERY_S)
+        elif self._rank > 0:
+            time.sleep(FIRST_WORD_S)
         first = False
         with contextlib.suppress(RuntimeError):
             first = self._store.add(self._key, 1) == 1
         if not first:
-            raise SystemExit(1) from None
+            leave_quietly()
 
     def stop(self) -> None:
-        """Stop looking."""
+        """Stop looking. The thread must be out of torch before Python ends."""
         self._stopped.set()
+        self._thread.join(GRACE_S)
 
     def _look(self) -> None:
         while not self._stopped.wait(LOOK_EVERY_S):

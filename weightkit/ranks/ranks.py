@@ -162,6 +162,11 @@ class Ranks:
             with _answered("waiting for all"):
                 dist.barrier()
 
+    def leave(self) -> None:
+        """End it, once all have done their work: nothing can be sent any more."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
 
 def _initialize(world: World, backend: str) -> None:
     """Meet the other ranks where torchrun says."""
