@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,8 +57,39 @@ def no_space(path: Path) -> SpaceError:
     )
 
 
+class Hold:
+    """A target that is this process's alone. Processes elsewhere may write there on its behalf while ``is_held`` says
+    so to them.
+
+    ``name`` is unlike that of any other hold.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self.name = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
+        self._handle = handle
+        self.revoke()  # who helped a holder that was killed
+
+    def announce(self) -> None:
+        """From now on others may write on this process's behalf."""
+        os.pwrite(self._handle, self.name.encode(), 0)
+        os.fsync(self._handle)  # on a network filesystem others see it from now on
+
+    def revoke(self) -> None:
+        """From now on they may not, and stop when they next look."""
+        os.ftruncate(self._handle, 0)
+        os.fsync(self._handle)
+
+
+def is_held(target: Path, name: str) -> bool:
+    """Whether the hold of this name has ``target``, seen from here, and lets others write there."""
+    try:
+        return (target / STATE_DIR / _WRITER).read_bytes() == name.encode()
+    except OSError:
+        return False
+
+
 @contextmanager
-def only_writer(target: Path) -> Iterator[None]:
+def only_writer(target: Path) -> Iterator[Hold]:
     """Hold the target for this process; its state folder goes afterwards, if nothing else is in it.
 
     Raises ``TargetError`` where another process has it.
@@ -64,7 +97,7 @@ def only_writer(target: Path) -> Iterator[None]:
     folder = target / STATE_DIR
     handle = _hold(folder)
     try:
-        yield
+        yield Hold(handle)
     finally:
         with suppress(OSError):  # not empty: a journal says what is left to do
             (folder / _WRITER).unlink(missing_ok=True)

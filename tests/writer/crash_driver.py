@@ -25,7 +25,7 @@ from typing import Any
 import weightkit as wk
 from weightkit.checkpoint import Checkpoint
 from weightkit.layouts import FileSet
-from weightkit.writer import executor as executing
+from weightkit.writer import files as filling
 from weightkit.writer import pieces as cutting
 from weightkit.writer import stream
 
@@ -38,8 +38,8 @@ KINDS: dict[str, Callable[[Checkpoint], Checkpoint | FileSet]] = {
 
 def small_steps(buffer_bytes: int, durable_bytes: int) -> None:
     """Buffers and durable stretches so small that a small checkpoint has many."""
-    stream.BUFFER_BYTES = executing.BUFFER_BYTES = buffer_bytes
-    executing.DURABLE_EVERY_BYTES = durable_bytes
+    stream.BUFFER_BYTES = filling.BUFFER_BYTES = buffer_bytes
+    filling.DURABLE_EVERY_BYTES = durable_bytes
     cutting.COPY_BYTES = cutting.STRIP_BYTES = buffer_bytes
 
 

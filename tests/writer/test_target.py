@@ -21,6 +21,7 @@ from weightkit.durable import only_writer
 from weightkit.errors import Interrupted, SpaceError, TargetError, WriteError
 from weightkit.layouts import FileSet
 from weightkit.writer import executor as executing
+from weightkit.writer import files as filling
 from weightkit.writer import make_plan, stream, target
 from weightkit.writer import pieces as cutting
 from weightkit.writer.executor import Written, execute
@@ -37,10 +38,10 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress is durable every 64 KB, so that little checkpoints have some."""
-    for module in (stream, executing):
+    for module in (stream, filling):
         monkeypatch.setattr(module, "BUFFER_BYTES", 16384)
     monkeypatch.setattr(cutting, "COPY_BYTES", 16384)
-    monkeypatch.setattr(executing, "DURABLE_EVERY_BYTES", 65536)
+    monkeypatch.setattr(filling, "DURABLE_EVERY_BYTES", 65536)
 
 
 def write(what: Checkpoint | FileSet, folder: Path, *, force: bool = False, jobs: int = 1) -> Written:

@@ -17,7 +17,7 @@ from tiny import MOONLIGHT, V3, write_tiny
 
 import weightkit as wk
 from weightkit.errors import PlanError, SourceChangedError
-from weightkit.writer import executor as executing
+from weightkit.writer import files as filling
 from weightkit.writer import make_plan, stream
 from weightkit.writer import pieces as cutting
 from weightkit.writer.executor import execute
@@ -106,10 +106,10 @@ def test_jobs_do_not_change_the_bytes(jobs: int, source: Path, tmp_path: Path) -
 def test_small_buffers_do_not_change_the_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tree(write(source, tmp_path / "whole"))
     monkeypatch.setattr(stream, "BUFFER_BYTES", 4096)
-    monkeypatch.setattr(executing, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(filling, "BUFFER_BYTES", 4096)
     monkeypatch.setattr(cutting, "STRIP_BYTES", 1)
     monkeypatch.setattr(cutting, "COPY_BYTES", 1000)
-    monkeypatch.setattr(executing, "DURABLE_EVERY_BYTES", 50_000)
+    monkeypatch.setattr(filling, "DURABLE_EVERY_BYTES", 50_000)
     assert tree(write(source, tmp_path / "small")) == whole
 
 

@@ -8,7 +8,7 @@ from weightkit.checkpoint import Checkpoint
 from weightkit.compute import choose_engine
 from weightkit.compute.engines import DeviceName
 from weightkit.layouts import FileSet, lay_out_published
-from weightkit.writer.executor import Written, execute
+from weightkit.writer.executor import Executor, Written, execute
 from weightkit.writer.plan import make_plan
 
 
@@ -18,6 +18,7 @@ def write(
     *,
     jobs: int | None = None,
     device: DeviceName = "auto",
+    executor: Executor | None = None,
     progress: bool = True,
     force: bool = False,
 ) -> Written:
@@ -28,11 +29,12 @@ def write(
         target: a folder; made where it is not there. A stopped write into it is continued.
         jobs: files in work at once.
         device: where FP8 is dequantized: ``auto``, ``cuda`` or ``cpu``. The bits do not depend on it.
+        executor: who fills the files, such as a ``RayExecutor`` with jobs and device of its own; default this process.
         progress: show a bar.
         force: replace what an earlier write left in the target.
 
     Raises: as ``execute`` and ``make_plan``.
     """
     plan = make_plan(lay_out_published(what) if isinstance(what, Checkpoint) else what, target)
-    engine = choose_engine(device) if plan.computed_tensors else None
-    return execute(plan, jobs=jobs, engine=engine, progress=progress, force=force)
+    engine = choose_engine(device) if plan.computed_tensors and executor is None else None
+    return execute(plan, jobs=jobs, engine=engine, executor=executor, progress=progress, force=force)

@@ -1,4 +1,8 @@
-"""Carry out a plan: a worker owns an output file and fills it from front to back."""
+"""Carry out a plan: a worker owns an output file and fills it from front to back.
+
+This process holds the target: the names of files, the journal and the seal are its work alone. Who fills the files is
+the executor's matter: threads here, or others elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +16,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-from weightkit.checkpoint import Reader, read_header
-from weightkit.checkpoint.copies import Copy
+from weightkit.checkpoint import Reader
 from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
-from weightkit.checkpoint.reading import SCRATCH_BYTES, Bytes
-from weightkit.checkpoint.tensors import Promised, Stored, size_bytes
-from weightkit.compute import CpuEngine, Engine, evaluate, strip_bytes
+from weightkit.checkpoint.reading import SCRATCH_BYTES
+from weightkit.checkpoint.tensors import Stored, size_bytes
+from weightkit.compute import CpuEngine, Engine, strip_bytes
 from weightkit.compute.evaluate import STRIP_ROWS
-from weightkit.durable import FULL, PARTIAL, STATE_DIR, no_space, only_writer, sync_folder, write_whole
+from weightkit.durable import FULL, PARTIAL, STATE_DIR, Hold, no_space, only_writer, sync_folder, write_whole
 from weightkit.errors import Interrupted, PlanError, WriteError
 from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
 from weightkit.units import counted, human_bytes, human_seconds
+from weightkit.writer.files import AHEAD_BYTES, FileWriter, Promises, is_promised
 from weightkit.writer.journal import Journal, Progress
-from weightkit.writer.pieces import STRIP_BYTES, Copied, Made, pieces, require_in_range
+from weightkit.writer.pieces import STRIP_BYTES
 from weightkit.writer.plan import Plan, PlannedFile
-from weightkit.writer.stream import BUFFER_BYTES, BUFFERS, AppendStream
+from weightkit.writer.stream import BUFFER_BYTES, BUFFERS
 from weightkit.writer.target import clear_target, inspect_target, require_memory, require_space
-
-#: A worker's next reads, which the disk is to begin with: 16 MB were as good as 64.
-AHEAD_BYTES = 16 << 20
-#: A file's progress is made durable this often; a stop by kill -9 loses at most so much of each file in work.
-DURABLE_EVERY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -100,15 +97,63 @@ def _largest_strip(plan: Plan) -> int:
     )
 
 
+class Executor(Protocol):
+    """Who fills the files of a plan."""
+
+    def require(self, plan: Plan) -> None:
+        """Raises what stands in the way, before anything is written."""
+        ...
+
+    def write_files(self, run: Run) -> None:
+        """All files that are not done. The first failure stops the others, whose progress is journalled.
+
+        Raises: as ``execute``; ``KeyboardInterrupt`` by Ctrl-C.
+        """
+        ...
+
+
+class LocalExecutor:
+    """Threads of this process.
+
+    Args:
+        jobs: files in work at once; default ``default_jobs()``.
+    """
+
+    def __init__(self, jobs: int | None = None) -> None:
+        if jobs is not None and jobs < 1:
+            raise PlanError("not a number of jobs", where="--jobs", expected="at least 1", found=jobs)
+        self.jobs = jobs or default_jobs()
+
+    def require(self, plan: Plan) -> None:
+        """Raises ``SpaceError`` where memory is too little for so many jobs."""
+        require_memory(peak_memory_bytes(plan, self.jobs))
+
+    def write_files(self, run: Run) -> None:
+        """All files, ``jobs`` at once; the others stop at their next buffer. See ``Executor``."""
+        pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="weightkit")
+        try:
+            _wait_for([pool.submit(run.write_file, file) for file in run.plan.files])
+        finally:
+            run.stop.set()
+            end_pool(pool)
+
+
 def execute(
-    plan: Plan, *, jobs: int | None = None, engine: Engine | None = None, progress: bool = True, force: bool = False
+    plan: Plan,
+    *,
+    jobs: int | None = None,
+    engine: Engine | None = None,
+    executor: Executor | None = None,
+    progress: bool = True,
+    force: bool = False,
 ) -> Written:
     """Write the plan's files. A run that was stopped is continued; one that was finished is left alone.
 
     Args:
         plan: from ``make_plan``.
-        jobs: files in work at once; default ``default_jobs()``.
-        engine: where tensors are computed; default the CPU.
+        jobs: files in work at once; default ``default_jobs()``. Not asked with an ``executor``.
+        engine: where tensors are computed in this process; default the CPU.
+        executor: who fills the files; default ``LocalExecutor(jobs)``. The bytes do not depend on it.
         progress: show a bar.
         force: replace what an earlier write left in the target.
 
@@ -119,39 +164,29 @@ def execute(
         Interrupted: by Ctrl-C; the next run continues.
     """
     started = time.monotonic()
-    if jobs is not None and jobs < 1:
-        raise PlanError("not a number of jobs", where="--jobs", expected="at least 1", found=jobs)
+    executor = executor or LocalExecutor(jobs)
     state = inspect_target(plan, force=force)
     if state.complete:
         _sweep(plan.target)
         return _nothing_to_do(plan, started)
     require_space(plan, state.files, force=force)
-    require_memory(peak_memory_bytes(plan, jobs or default_jobs()))
+    executor.require(plan)
     with open_run(plan, engine=engine, progress=progress, force=force) as run:
         if run is None:
             return _nothing_to_do(plan, started)
-        run.write_files(jobs or default_jobs())
+        try:
+            executor.write_files(run)
+        except KeyboardInterrupt as exc:
+            raise Interrupted("stopped; what was written is kept", where=plan.target, fix=CONTINUE) from exc
         run.seal()
         return Written(
             plan.target,
             len(plan.files),
             plan.bytes_written,
             run.written_bytes,
-            run.reader.bytes_read,
+            run.read_bytes,
             time.monotonic() - started,
         )
-
-
-class Promises(Protocol):
-    """Who delivers the ``Promised`` tensors of a plan."""
-
-    def take(self, name: str) -> Bytes:
-        """The tensor's bytes, flat; waits until they are made. Asked once for each, in the order of the file."""
-        ...
-
-    def settle(self, file: str) -> None:
-        """Waits for what must be on the disk before a file of theirs, whole by now, gets its name."""
-        ...
 
 
 @contextmanager
@@ -163,9 +198,9 @@ def open_run(
     None where another run has completed the plan meanwhile. Raises as ``execute``.
     """
     target = plan.target
-    try:
+    with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
-        with only_writer(target):
+        with only_writer(target) as hold:
             state = inspect_target(plan, force=force)  # others may have written until now
             if state.complete:
                 yield None
@@ -174,11 +209,18 @@ def open_run(
                 clear_target(target)
             bar = ProgressBar(plan.bytes_written, target.name, shown=progress, parts=len(plan.files))
             with Reader(plan.stamps, ahead_bytes=AHEAD_BYTES) as reader, bar:
-                run = Run(plan, reader, engine or CpuEngine(), bar, dict(state.files), promises)
+                run = Run(plan, reader, engine or CpuEngine(), bar, dict(state.files), hold, promises)
                 try:
                     yield run
                 finally:
                     run.journal.close()
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Say what the system says of a disk as a ``WriteError``."""
+    try:
+        yield
     except OSError as exc:
         if exc.errno in FULL:
             raise no_space(target) from exc
@@ -206,54 +248,46 @@ class Run:
         engine: Engine,
         bar: ProgressBar,
         history: dict[str, Progress],
+        hold: Hold,
         promises: Promises | None = None,
     ) -> None:
-        self.plan, self.reader, self.engine, self.bar = plan, reader, engine, bar
-        self.history = history
-        self._promises = promises
+        self.plan, self.bar, self.history, self.hold = plan, bar, history, hold
+        self._reader, self._promises = reader, promises
+        self._files = FileWriter(reader, engine, promises)
         self.written_bytes = 0
+        self._read_elsewhere = 0
         self._counting = threading.Lock()
         self.stop = threading.Event()
         sources = {Path(path).name: stamp for path, stamp in plan.stamps.items()}
         names = [*(file.name for file in plan.files), *plan.side_files, LOCK_NAME]
         self.journal = Journal(plan.target, plan.hash, sources, names)
 
-    def write_files(self, jobs: int) -> None:
-        """All files, ``jobs`` at once. The first failure stops the others at their next buffer."""
-        pool = ThreadPoolExecutor(jobs, thread_name_prefix="weightkit")
-        try:
-            _wait_for([pool.submit(self.write_file, file) for file in self.plan.files])
-        except KeyboardInterrupt as exc:
-            raise Interrupted("stopped; what was written is kept", where=self.plan.target, fix=CONTINUE) from exc
-        finally:
-            self.stop.set()
-            end_pool(pool)
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the source."""
+        return self._reader.bytes_read + self._read_elsewhere
 
     def write_file(self, file: PlannedFile) -> None:
         """One file: to its partial name, synced, checked, renamed, journalled."""
         self._check_stop()
-        final, partial = self.plan.target / file.name, self.plan.target / (file.name + PARTIAL)
-        before = self.history.get(file.name)
         if self.is_done(file):
             self.bar.add(file.size_bytes)
             self.bar.part_done()
             return
-        promised = _is_promised(file)
-        start, digest = (0, None) if promised else self._durable_prefix(partial, before)
-        self.bar.add(start)
-        stream = AppendStream(partial, file.size_bytes, resume_at=start, digest=digest)
-        try:
-            self._fill(stream, file)
-            sha256 = stream.finish()
-        except BaseException:
-            self._keep(stream, file)
-            raise
-        _require_as_planned(partial, file)
-        if promised and self._promises is not None:
+        sha256 = self._files.fill(self.partial(file), file, self.history.get(file.name), _Told(self, file))
+        if self._promises is not None and is_promised(file):
             self._promises.settle(file.name)
-        partial.rename(final)
+        self.place(file, sha256)
+
+    def partial(self, file: PlannedFile) -> Path:
+        """Where the file is filled."""
+        return self.plan.target / (file.name + PARTIAL)
+
+    def place(self, file: PlannedFile, sha256: str) -> None:
+        """Give a file that was filled its name, and journal it."""
+        self.partial(file).rename(self.plan.target / file.name)
         sync_folder(self.plan.target)
-        self._record(file, Progress(file.size_bytes, sha256, done=True))
+        self.record(file, Progress(file.size_bytes, sha256, done=True))
         self.bar.part_done()
 
     def is_done(self, file: PlannedFile) -> bool:
@@ -261,68 +295,16 @@ class Run:
         before, final = self.history.get(file.name), self.plan.target / file.name
         return before is not None and before.done and final.exists() and final.stat().st_size == file.size_bytes
 
-    def _durable_prefix(self, partial: Path, before: Progress | None) -> tuple[int, hashlib._Hash | None]:
-        """How much of a partial file can be trusted: what the journal vouches for and still hashes as it says."""
-        if before is None or before.done or not partial.exists() or partial.stat().st_size < before.bytes:
-            return 0, None
-        digest, left = hashlib.sha256(), before.bytes
-        with partial.open("rb", buffering=0) as file:
-            while left and (block := file.read(min(left, BUFFER_BYTES))):
-                self._check_stop()
-                digest.update(block)
-                left -= len(block)
-        return (before.bytes, digest) if not left and digest.hexdigest() == before.sha256 else (0, None)
-
-    def _fill(self, stream: AppendStream, file: PlannedFile) -> None:
-        self._count(stream.append(_as_bytes(file.header)))
-        durable, resumable = stream.position, not _is_promised(file)
-        for piece in pieces(file.tensors):
-            if stream.skip(piece.size_bytes):
-                durable = stream.position
-                continue
-            self._check_stop()
-            if isinstance(piece, Copied):
-                self._copy(stream, piece.copy)
-            else:
-                data = self._make(piece)
-                require_in_range(piece, data)
-                self._count(stream.append(data))
-            if resumable and stream.position - durable >= DURABLE_EVERY_BYTES:
-                durable = stream.position
-                self._record(file, Progress(*stream.make_durable()))
-
-    def _make(self, piece: Made) -> Bytes:
-        if isinstance(piece.strip, Promised) and self._promises is not None:
-            return self._promises.take(piece.name)
-        return evaluate(piece.strip, self.reader, self.engine)
-
-    def _copy(self, stream: AppendStream, copy: Copy) -> None:
-        def read_into(start: int, out: Bytes) -> None:
-            self._check_stop()
-            self.reader.read_range(copy.path, copy.offset + start, out)
-            self._count(len(out))
-
-        stream.fill(copy.run_bytes, read_into)
-
-    def _count(self, count: int) -> None:
-        with self._counting:
-            self.written_bytes += count
-        self.bar.add(count)
-
-    def _keep(self, stream: AppendStream, file: PlannedFile) -> None:
-        """After a failure: journal what is safe, so that the next run continues there."""
-        try:
-            progress = Progress(*stream.make_durable())
-            if progress.bytes and not _is_promised(file):
-                self._record(file, progress)
-        except (OSError, WriteError):
-            pass  # the disk that failed may fail again; the last durable line still holds
-        finally:
-            stream.close()
-
-    def _record(self, file: PlannedFile, progress: Progress) -> None:
+    def record(self, file: PlannedFile, progress: Progress) -> None:
+        """Journal how far a file is."""
         self.journal.record(file.name, progress)
         self.history[file.name] = progress
+
+    def count(self, *, written: int = 0, read: int = 0) -> None:
+        """So many bytes of the output and of the source were written and read, other than through ``write_file``."""
+        with self._counting:
+            self.written_bytes += written
+            self._read_elsewhere += read
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
@@ -343,13 +325,27 @@ class Run:
         self.journal.remove()
 
 
+class _Told:
+    """What a run does with the news of a file that it writes itself. See ``Observer``."""
+
+    def __init__(self, run: Run, file: PlannedFile) -> None:
+        self._run, self._file = run, file
+
+    def check_stop(self) -> None:
+        self._run._check_stop()
+
+    def kept(self, count: int) -> None:
+        self._run.bar.add(count)
+
+    def wrote(self, count: int) -> None:
+        self._run.count(written=count)
+        self._run.bar.add(count)
+
+    def durable(self, progress: Progress) -> None:
+        self._run.record(self._file, progress)
+
+
 CONTINUE = "Run the same command again: it continues where it stopped."
-
-
-def _is_promised(file: PlannedFile) -> bool:
-    """Whether it holds what is made elsewhere: made again it might have other bytes, which must not meet the old ones
-    within one file, so such a file is never continued."""
-    return any(isinstance(tensor, Promised) for tensor in file.tensors.values())
 
 
 def end_pool(pool: ThreadPoolExecutor) -> None:
@@ -370,17 +366,6 @@ def _wait_for(futures: list[Future[None]]) -> None:
             future.result()
 
 
-def _require_as_planned(path: Path, file: PlannedFile) -> None:
-    """Read the header of what was written, and hold it against the plan."""
-    header = read_header(path)
-    written = [(entry.name, entry.dtype, entry.shape) for entry in header.entries if entry.end > entry.begin]
-    planned = [(name, tensor.dtype, tensor.shape) for name, tensor in file.tensors.items() if size_bytes(tensor)]
-    if written != planned or header.file_size != file.size_bytes:
-        raise WriteError(
-            "the file that was written is not what was planned", where=path, fix="Report this, with the command."
-        )
-
-
 def _write_side_file(path: Path, chunks: Iterable[bytes]) -> LockedFile:
     """A side file, whole or not at all; its size and checksum."""
     digest, size = hashlib.sha256(), 0
@@ -395,7 +380,3 @@ def _write_side_file(path: Path, chunks: Iterable[bytes]) -> LockedFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, counted())
     return LockedFile(size, digest.hexdigest())
-
-
-def _as_bytes(content: bytes) -> Bytes:
-    return np.frombuffer(content, np.uint8)

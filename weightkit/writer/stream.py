@@ -159,12 +159,20 @@ class AppendStream:
         self._digest.update(block.buffer[: block.count].data)
 
     def _write_block(self, block: _Block) -> None:
-        padded = -(-block.count // ALIGNMENT) * ALIGNMENT
-        block.buffer[block.count : padded] = 0
-        view, done = block.buffer[:padded].data, 0
-        while done < padded:
+        """At its place, and nothing beyond it: a second writer of the same file, such as one of a machine that was
+        taken for dead, then changes no byte of it."""
+        whole = block.count // ALIGNMENT * ALIGNMENT
+        self._write(block.buffer[:whole], block.offset)
+        if whole < block.count:  # the end of the file
+            if _is_direct(self._file):
+                _set_buffered(self._file)
+            self._write(block.buffer[whole : block.count], block.offset + whole)
+
+    def _write(self, data: Bytes, offset: int) -> None:
+        view, done = data.data, 0
+        while done < len(view):
             try:
-                done += os.pwrite(self._file, view[done:], block.offset + done)
+                done += os.pwrite(self._file, view[done:], offset + done)
             except OSError as exc:
                 if exc.errno != errno.EINVAL or not _is_direct(self._file):
                     raise

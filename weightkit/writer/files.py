@@ -1,0 +1,166 @@
+"""One output file, from front to back: planned, then a whole partial file on the disk. It may be written anywhere that
+sees source and target; its final name is given by the process that holds the target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from weightkit.checkpoint import Reader, read_header
+from weightkit.checkpoint.copies import Copy
+from weightkit.checkpoint.reading import Bytes
+from weightkit.checkpoint.tensors import Promised, size_bytes
+from weightkit.compute import Engine, evaluate
+from weightkit.errors import WriteError
+from weightkit.writer.journal import Progress
+from weightkit.writer.pieces import Copied, Made, pieces, require_in_range
+from weightkit.writer.plan import PlannedFile
+from weightkit.writer.stream import BUFFER_BYTES, AppendStream
+
+#: A worker's next reads, which the disk is to begin with: 16 MB were as good as 64.
+AHEAD_BYTES = 16 << 20
+#: A file's progress is made durable this often; a stop by kill -9 loses at most so much of each file in work.
+DURABLE_EVERY_BYTES = 1 << 30
+
+
+class Promises(Protocol):
+    """Who delivers the ``Promised`` tensors of a plan."""
+
+    def take(self, name: str) -> Bytes:
+        """The tensor's bytes, flat; waits until they are made. Asked once for each, in the order of the file."""
+        ...
+
+    def settle(self, file: str) -> None:
+        """Waits for what must be on the disk before a file of theirs, whole by now, gets its name."""
+        ...
+
+
+class Observer(Protocol):
+    """Who is told how a file goes. All of it happens on the thread that writes."""
+
+    def check_stop(self) -> None:
+        """Raises ``Interrupted`` where the write is to stop."""
+        ...
+
+    def kept(self, count: int) -> None:
+        """``count`` bytes are there from an earlier run."""
+        ...
+
+    def wrote(self, count: int) -> None:
+        """``count`` bytes more are on their way to the disk."""
+        ...
+
+    def durable(self, progress: Progress) -> None:
+        """So much of the partial file is safe."""
+        ...
+
+
+class FileWriter:
+    """Fills partial files.
+
+    Args:
+        reader: of the source files.
+        engine: where tensors are computed.
+        promises: where some of them are made elsewhere.
+    """
+
+    def __init__(self, reader: Reader, engine: Engine, promises: Promises | None = None) -> None:
+        self._reader, self._engine, self._promises = reader, engine, promises
+
+    def fill(self, partial: Path, file: PlannedFile, before: Progress | None, observer: Observer) -> str:
+        """Write ``file`` to ``partial``, synced and held against the plan. Returns its SHA-256.
+
+        Two that fill the same file at once write the same bytes to the same places.
+
+        Args:
+            before: what an earlier attempt made durable there.
+            observer: after a failure it is told, last, how much is safe.
+        """
+        start, digest = (0, None) if is_promised(file) else _durable_prefix(partial, before, observer)
+        observer.kept(start)
+        stream = AppendStream(partial, file.size_bytes, resume_at=start, digest=digest)
+        try:
+            self._append(stream, file, observer)
+            sha256 = stream.finish()
+        except BaseException:
+            _keep(stream, file, observer)
+            raise
+        _require_as_planned(partial, file)
+        return sha256
+
+    def _append(self, stream: AppendStream, file: PlannedFile, observer: Observer) -> None:
+        observer.wrote(stream.append(np.frombuffer(file.header, np.uint8)))
+        durable, resumable = stream.position, not is_promised(file)
+        for piece in pieces(file.tensors):
+            if stream.skip(piece.size_bytes):
+                durable = stream.position
+                continue
+            observer.check_stop()
+            if isinstance(piece, Copied):
+                self._copy(stream, piece.copy, observer)
+            else:
+                data = self._make(piece)
+                require_in_range(piece, data)
+                observer.wrote(stream.append(data))
+            if resumable and stream.position - durable >= DURABLE_EVERY_BYTES:
+                durable = stream.position
+                observer.durable(Progress(*stream.make_durable()))
+
+    def _make(self, piece: Made) -> Bytes:
+        if isinstance(piece.strip, Promised) and self._promises is not None:
+            return self._promises.take(piece.name)
+        return evaluate(piece.strip, self._reader, self._engine)
+
+    def _copy(self, stream: AppendStream, copy: Copy, observer: Observer) -> None:
+        def read_into(start: int, out: Bytes) -> None:
+            observer.check_stop()
+            self._reader.read_range(copy.path, copy.offset + start, out)
+            observer.wrote(len(out))
+
+        stream.fill(copy.run_bytes, read_into)
+
+
+def is_promised(file: PlannedFile) -> bool:
+    """Whether it holds what is made elsewhere: made again it might have other bytes, which must not meet the old ones
+    within one file, so such a file is never continued."""
+    return any(isinstance(tensor, Promised) for tensor in file.tensors.values())
+
+
+def _durable_prefix(partial: Path, before: Progress | None, observer: Observer) -> tuple[int, hashlib._Hash | None]:
+    """How much of a partial file can be trusted: what the journal vouches for and still hashes as it says."""
+    if before is None or before.done or not partial.exists() or partial.stat().st_size < before.bytes:
+        return 0, None
+    digest, left = hashlib.sha256(), before.bytes
+    with partial.open("rb", buffering=0) as file:
+        while left and (block := file.read(min(left, BUFFER_BYTES))):
+            observer.check_stop()
+            digest.update(block)
+            left -= len(block)
+    return (before.bytes, digest) if not left and digest.hexdigest() == before.sha256 else (0, None)
+
+
+def _keep(stream: AppendStream, file: PlannedFile, observer: Observer) -> None:
+    """After a failure: tell what is safe, so that the next run continues there."""
+    try:
+        progress = Progress(*stream.make_durable())
+        if progress.bytes and not is_promised(file):
+            observer.durable(progress)
+    except (OSError, WriteError):
+        pass  # the disk that failed may fail again; the last durable line still holds
+    finally:
+        stream.close()
+
+
+def _require_as_planned(path: Path, file: PlannedFile) -> None:
+    """Read the header of what was written, and hold it against the plan."""
+    header = read_header(path)
+    written = [(entry.name, entry.dtype, entry.shape) for entry in header.entries if entry.end > entry.begin]
+    planned = [(name, tensor.dtype, tensor.shape) for name, tensor in file.tensors.items() if size_bytes(tensor)]
+    if written != planned or header.file_size != file.size_bytes:
+        raise WriteError(
+            "the file that was written is not what was planned", where=path, fix="Report this, with the command."
+        )
