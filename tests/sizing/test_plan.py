@@ -19,6 +19,7 @@ from weightkit.cli.app import group
 from weightkit.errors import NotACheckpointError, PlanError, SpaceError, WeightkitError
 from weightkit.family import Architecture, blueprint, legal_tp, totals, tp_problems
 from weightkit.sizing import Load, Machine, SizingPlan, plan
+from weightkit.sizing.engines import obstacles
 from weightkit.sizing.forms import forms_of
 from weightkit.sizing.plan import FormatPlan
 from weightkit.sizing.routes import MOE_LAYER_S, quantization_s
@@ -316,6 +317,10 @@ def test_what_engines_do_not_take() -> None:
     found = formats(plan("deepseek-v3", group_size=256))
     assert found["int4"].obstacles == {"vLLM": ("groups of 256: Marlin has -1, 32, 64, 128",)}
     assert found["fp8"].obstacles == {}
+    everything = replace(FULL, fp8=False, gptq=Gptq(group_size=128, sym=False, everything=True))
+    arch = Architecture.from_config(everything.config())
+    assert obstacles(arch, "vLLM") == ("asymmetric zero points, which Marlin's MoE does not read",)
+    assert "quantized attention" in obstacles(arch, "SGLang")[0]
     assert "latent of 512 + 64, not 96 + 64" in formats(plan("pico"))["bf16"].obstacles["vLLM"][0]
 
 

@@ -283,6 +283,7 @@ def _require_context(arch: Architecture, load: Load) -> None:
             where="--context",
             expected=f"at most {arch.max_position_embeddings:,} (max_position_embeddings)",
             found=f"{load.context:,}",
+            fix="Use a smaller --context.",
         )
 
 
