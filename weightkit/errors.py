@@ -31,7 +31,8 @@
     ├── CalibrationError            calibration data that is missing, damaged or too little
     ├── QuantizationError           weights that cannot be quantized: NaN, inputs that are not finite
     ├── DeviceError                 a device that is absent or cannot do what was asked
-    │   └── RankError               one of several processes is gone, does not answer, or failed
+    │   ├── RankError               one of several processes is gone, does not answer, or failed
+    │   └── ClusterError            a Ray cluster cannot be reached, or its nodes lack what the work needs
     ├── GenerationError             text could not be generated
     │   ├── TokenizerError          no usable tokenizer or chat template
     │   └── NonFiniteError          NaN or Inf in logits
@@ -81,6 +82,10 @@ class WeightkitError(Exception):
         self.found = None if found is None else str(found)
         self.fix = fix
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors cross between processes, whatever their own constructors take."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
     @property
     def facts(self) -> str:
         """``expected ..., found ...``, as far as they are known."""
@@ -95,6 +100,12 @@ class WeightkitError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{printable(self.fix)}" if self.fix else self.message
+
+
+def _rebuilt(kind: type[WeightkitError], args: tuple[object, ...], state: dict[str, object]) -> WeightkitError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class FormatError(WeightkitError):
@@ -213,6 +224,10 @@ class DeviceError(WeightkitError):
 
 class RankError(DeviceError):
     """One of several processes that work together is gone, does not answer, or failed."""
+
+
+class ClusterError(DeviceError):
+    """A Ray cluster cannot be reached, or its nodes lack what the work needs."""
 
 
 class GenerationError(WeightkitError):
