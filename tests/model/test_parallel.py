@@ -1,4 +1,4 @@
-"""The forward pass divided among ranks against the whole one. Ranks are threads here, processes in generation's tests."""
+"""The forward pass divided among ranks against the whole one: ranks are threads here, processes in the room above."""
 
 from __future__ import annotations
 
