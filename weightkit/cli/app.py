@@ -26,6 +26,7 @@ COMMANDS = (
     "merge",
     "generate",
     "smoke",
+    "launch",
     "mirror",
     "demo",
 )
