@@ -21,12 +21,17 @@ class Progress:
         desc: what is done.
         shown: whether to show anything at all.
         parts: how many files the bytes are in; shown as ``done/parts files``.
+        unit: what is counted, if not bytes.
+        leave: whether a bar stays in the terminal when it is done.
     """
 
-    def __init__(self, total: int, desc: str, *, shown: bool = True, parts: int = 0) -> None:
+    def __init__(
+        self, total: int, desc: str, *, shown: bool = True, parts: int = 0, unit: str = "B", leave: bool = True
+    ) -> None:
         self._parts, self._parts_done, self._note, self._shown = parts, 0, "", shown
         self._lock = threading.Lock()
-        options: dict[str, Any] = {"unit": "B", "unit_scale": True, "smoothing": 0.05, "disable": not shown}
+        options: dict[str, Any] = {"unit": unit, "unit_scale": unit == "B", "smoothing": 0.05, "disable": not shown}
+        options["leave"] = leave
         if not _is_interactive():
             options |= {
                 "file": _Lines(),
