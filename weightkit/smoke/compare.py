@@ -35,9 +35,8 @@ which rounding lets another expert be chosen."""
 DIVERGENCE_FLOOR = 1e-3
 """The same for the mean KL divergence, in nats."""
 
-MAX_TOKENS = 4096
-PASSAGE_TOKENS = 1024
-"""Of the passage; the prompts come after it."""
+MAX_TOKENS = 2048
+"""Half of them may be the passage's; the prompts come after it."""
 
 _NAMED = 12
 _RECOGNIZED = 12
@@ -50,6 +49,7 @@ def compare_checkpoints(
     device: DeviceName = "auto",
     dtype: str | None = None,
     jobs: int | None = None,
+    max_tokens: int = MAX_TOKENS,
     progress: bool = True,
 ) -> Verdict:
     """Run both checkpoints on the same tokens, compare all tensors of both, and judge whether formats explain it all.
@@ -60,6 +60,7 @@ def compare_checkpoints(
         reference: opened, in any layout and format.
         other: opened; of the same model.
         device, dtype, jobs: see ``CheckpointWeights``.
+        max_tokens: most tokens that go through.
         progress: show a bar over layers.
 
     Raises:
@@ -69,8 +70,8 @@ def compare_checkpoints(
     require_one_model(reference, other)
     arch = architecture(reference)
     prompts = prompts_for(known_manifest(reference))
-    most = min(arch.max_position_embeddings, arch.index_topk or MAX_TOKENS, MAX_TOKENS)
-    material = Material.of(_tokenizer(reference, other), prompts, arch.vocab_size, most, PASSAGE_TOKENS)
+    most = min(arch.max_position_embeddings, arch.index_topk or max_tokens, max_tokens)
+    material = Material.of(_tokenizer(reference, other), prompts, arch.vocab_size, most, most // 2)
     with Pair(reference, other, device=device, dtype=dtype, jobs=jobs) as pair:
         with tqdm(total=arch.num_hidden_layers, desc="compare", unit="layer", disable=not progress, leave=False) as bar:
             seen = walk(pair, material.ids, bar.update)

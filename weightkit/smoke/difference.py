@@ -6,6 +6,9 @@ lengths more than ``LENGTH_FACTOR`` apart, or where one of them is next to nothi
 int4, whose errors are the largest of all conversions here, makes some slices half as long again as they were on pico,
 but then by noise, which turns them too: to cosines of 0.6 and 0.7. A block whose scale is twice too large, a row of
 zeros, another expert's values or another rank's rows do.
+
+Of integer codes only rows are sliced: to keep outputs, GPTQ moves errors into the inputs that calibration hardly saw,
+and their columns may come to anything. What such a column does to outputs is judged by these.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ scale."""
 NEGLIGIBLE = 1e-3
 """Nor is one whose length is below this share of the mean."""
 
+MOST = 0.8
+"""Share of the rows between the first and the last that is told as all of them."""
+
 _STRIP_ELEMENTS = 1 << 24
 
 
@@ -52,7 +58,7 @@ class Region:
         parts = []
         for what, numbers, size in zip(("row", "column"), (self.rows, self.columns), self.shape, strict=False):
             if len(numbers) < size:
-                parts.append(f"{what}{'s' * (len(numbers) > 1)} {ranges(numbers)}")
+                parts.append(f"{what}{'s' * (len(numbers) > 1)} {ranges(_closed(numbers))}")
         return ", ".join(parts) if parts else "all of it"
 
 
@@ -205,7 +211,7 @@ class _Sums:
             rows, blocks = (found.unique().tolist() for found in off.nonzero().T)
             columns = [c for block in blocks for c in range(block * SLICE, min((block + 1) * SLICE, shape[-1]))]
             return replace(difference, region=Region(tuple(rows), tuple(columns), shape), scale=scale)
-        if self.columns:
+        if self.columns and not any(form.is_integer for form in difference.formats):
             off, scale = _off(torch.cat(self.columns, dim=1))
             if off.any():
                 blocks, columns = (found.unique().tolist() for found in off.nonzero().T)
@@ -240,6 +246,12 @@ def _ratio(difference: float, reference: float) -> float:
     if reference > 0:
         return math.sqrt(difference / reference)
     return 0.0 if difference == 0 else math.inf
+
+
+def _closed(numbers: Sequence[int]) -> Sequence[int]:
+    """All from the first to the last, if most of them are there: some slices are off by less than it takes."""
+    span = range(numbers[0], numbers[-1] + 1)
+    return span if len(numbers) > MOST * len(span) else numbers
 
 
 def ranges(numbers: Sequence[int], most: int = 4) -> str:

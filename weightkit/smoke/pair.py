@@ -51,7 +51,7 @@ class Pair:
         dtype: str | None = None,
         jobs: int | None = None,
     ) -> None:
-        # nothing is kept, on the device or beside it: two checkpoints and their difference may not fit, and each weight is needed once
+        # nothing is kept, on the device or beside it: each weight is needed once
         self._sources = tuple(
             CheckpointWeights(checkpoint, device=device, dtype=dtype, memory_bytes=0, host_bytes=0, jobs=jobs)
             for checkpoint in (reference, other)

@@ -20,6 +20,7 @@ import torch
 from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.dtypes import TORCH_NAMES
 from weightkit.family import FP8, Architecture, Quantization
+from weightkit.transforms.cast import is_scale
 
 _FP8_BLOCK = 128
 _FP8_LARGEST = 448.0
@@ -49,6 +50,11 @@ class Format:
         """Whether values are codes with scales."""
         return self.dtype in ("I4", "I8", "F8_E4M3")
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether values are integer codes with a scale a group."""
+        return self.dtype in ("I4", "I8")
+
     def __str__(self) -> str:
         names = {"I4": "int4", "I8": "int8", "F8_E4M3": "FP8"}
         return names.get(self.dtype, self.dtype)
@@ -57,16 +63,18 @@ class Format:
 def stored_formats(checkpoint: Checkpoint) -> dict[str, Format]:
     """The format of every weight of an opened checkpoint that is not cast, by the name that it has once cast."""
     quantization = Architecture.from_config(checkpoint.config, where=str(checkpoint.root)).quantization or FP8
-    found = (_format(name, tensor.dtype, quantization) for name, tensor in checkpoint.tensors.items())
+    found = (
+        _format(name, tensor.dtype, quantization)
+        for name, tensor in checkpoint.tensors.items()
+        if not is_scale(name, checkpoint.tensors)
+    )
     return dict(item for item in found if item is not None)
 
 
 def _format(name: str, dtype: str, quantization: Quantization) -> tuple[str, Format] | None:
     if name.endswith(".qweight"):
         return name.removesuffix("qweight") + "weight", Format(f"I{quantization.bits}", quantization.group_size)
-    if dtype in TORCH_NAMES or dtype == "F8_E4M3":
-        return name, Format(dtype)
-    return None
+    return (name, Format(dtype)) if dtype in TORCH_NAMES or dtype == "F8_E4M3" else None
 
 
 def explained(one: torch.Tensor, other: torch.Tensor, formats: tuple[Format, Format]) -> torch.Tensor:
