@@ -57,6 +57,8 @@ def together(ranks: Ranks, world: World) -> Iterator[None]:
         raise
     except Exception as exc:
         watch.report(exc)
+        if isinstance(exc, OSError):  # has its place; and a closed pipe is nobody's failure
+            raise
         raise _of_rank(exc, world) from exc
     finally:
         watch.stop()
