@@ -66,7 +66,7 @@ def divide(
     free = free_memory_bytes(weights.device)
     device = int(free * (GPU_SHARE if on_gpu else FREE_SHARE)) if given is None else given
     working = working_bytes(weights.arch, sizes, weights.dtype.itemsize, tokens, sequences, most_tokens)
-    working += WORKSPACE_BYTES[weights.device.type] + (0 if on_gpu else weights.jobs * PIECE_BYTES)
+    working += WORKSPACE_BYTES[weights.device.type] + (0 if on_gpu else weights.most_jobs * PIECE_BYTES)
     least = working + 2 * sizes.largest
     if weights.may_stream is False:
         least = working + min(sizes.dense, weights.packed_bytes)
@@ -105,7 +105,7 @@ def working_bytes(
 def _host_weights(weights: CheckpointWeights, host_memory: int | None) -> int:
     """What is left of host memory for weights beside a GPU, the readers' buffers taken off."""
     total = int(available_memory_bytes() * FREE_SHARE) if host_memory is None else host_memory
-    buffers = weights.jobs * PIECE_BYTES
+    buffers = weights.most_jobs * PIECE_BYTES
     least = buffers + 2 * (1 << (weights.sizes.largest - 1).bit_length())  # pinned in powers of two
     if total < least and weights.is_streamed:
         raise SpaceError(

@@ -61,18 +61,13 @@ class GenerationPlan:
     def render(self) -> str:
         """A few lines for a terminal."""
         dense = f"{human_bytes(self.weights_bytes)} as stored, {human_bytes(self.dense_bytes)} in {self.dtype}"
-        where = "GPU memory" if self.device == "cuda" else "host memory"
-        room = f"{human_bytes(self.budget.device_weights)} of {where}"
-        if self.budget.host_weights:
-            room += f" and {human_bytes(self.budget.host_weights)} of host memory"
-        fits = "do not all fit on the device: streamed" if self.is_streamed else "fit"
         prompts = f"{counted(self.prompts, 'prompt')}, {counted(self.prompt_tokens, 'token')}"
         together = "" if self.passes == 1 else f", in {self.passes} passes"
         saved = self.token_bytes - self.token_read_bytes
         cached = f", about {human_bytes(saved)} of it from the cache" if saved else ""
         lines = [
-            f"Weights     {dense}; room for {room}: they {fits}",
-            f"Beside them {human_bytes(self.budget.working)}",
+            f"Weights     {dense}",
+            f"Memory      room for {self._room()}, beside {human_bytes(self.budget.working)} to work in",
             f"Prompt      {prompts}{together}: about {human_bytes(self.prompt_bytes)} to read{_taking(self.prompt_s)}",
             f"New token   about {human_bytes(self.token_bytes)}{cached}{_taking(self.token_s)}",
         ]
@@ -80,6 +75,20 @@ class GenerationPlan:
             how = "past the page cache" if self.rate.direct else "through the page cache, which was told to forget"
             lines.append(f"Disk        {human_bytes(self.rate.bytes_per_s)}/s measured, {how}")
         return "\n".join(lines)
+
+    def _room(self) -> str:
+        """What there is for weights, and whether it is enough."""
+        budget, where = self.budget, "of the GPU" if self.device == "cuda" else "of host memory"
+        room = f"{human_bytes(budget.device_weights)} {where}"
+        if budget.host_weights:
+            room += f" and {human_bytes(budget.host_weights)} of host memory"
+        if not self.is_streamed:
+            return f"{room}: they fit"
+        if self.weights_bytes <= budget.device_weights:
+            return f"{room}: they fit, and are read when they are needed first"
+        if self.weights_bytes <= budget.device_weights + budget.host_weights:
+            return f"{room}: they fit in both together"
+        return f"{room}: they do not fit, and are read again as they are needed"
 
 
 def estimate(

@@ -105,6 +105,17 @@ def render_hits(cache: CacheUse) -> str:
     return f" ({', '.join(shares)})"
 
 
+def render_many(results: Sequence[Generation]) -> str:
+    """One line for a terminal on prompts that shared passes."""
+    first, last = results[0], results[-1]
+    tokens = f"{len(results)} prompts, {sum(len(result.prompt_ids) for result in results):,} tokens in"
+    made = f"{sum(len(result.token_ids) for result in results):,} out"
+    slowest = max(results, key=lambda result: len(result.token_ids))
+    took = f"first tokens after {human_seconds(first.prefill_s)}{render_rate(slowest.tokens_per_s)} for each prompt"
+    read = f"{human_bytes(last.bytes_read)} read{render_hits(last.cache)}"
+    return f"[{tokens}, {made}; {took}; {read}; {last.dtype} on {last.device}]"
+
+
 @dataclass
 class _Run:
     """The state of one generation. ``number``: of the prompt among several, from 1."""
@@ -346,18 +357,21 @@ class Runtime:
                 self._check(ids, max_new_tokens)
                 found.append(ids)
             except GenerationError as problem:
-                if problem is self._tokenizer_error:
+                if len(prompts) == 1 or problem is self._tokenizer_error:
                     raise
                 problem.where = f"prompt {number}" + ("" if problem.where is None else f" for {problem.where}")
                 problems.append(problem)
         raise_all("prompts that nothing can be generated from", problems, where=self.root)
         return found
 
-    def plan(self, ids: Sequence[Sequence[int]], *, max_new_tokens: int = 128, measure: bool = False) -> GenerationPlan:
+    def plan(
+        self, ids: Sequence[Sequence[int]], *, max_new_tokens: int = 128, measure: bool | None = None
+    ) -> GenerationPlan:
         """What generating from these prompts' ids will read, and how memory is divided. Reads no weights.
 
         Args:
-            measure: read from the checkpoint's files for a second, to say how long it takes.
+            measure: read from the checkpoint's files for a second, to say how long it takes; None: if weights are
+                streamed.
 
         Raises:
             SpaceError: a memory budget that is too small; says the least that works.
@@ -365,6 +379,7 @@ class Runtime:
         waves, weights = self._waves(ids, max_new_tokens), self.weights
         if self._budget is None:
             raise GenerationError("weights were read before memory was divided", where=self.root)
+        measure = weights.is_streamed if measure is None else measure
         return estimate(
             weights.arch,
             weights.sizes,
@@ -427,7 +442,7 @@ class Runtime:
         with self._shown(sum(len(run.prompt_ids) for run in runs), progress) as watch:
             logits = self._logits_of(runs, [run.prompt_ids for run in runs], watch)
         going, most = runs, max(run.room for run in runs)
-        with Progress(most, "New tokens", shown=progress, unit=" tokens", leave=False) as bar:
+        with Progress(most, "New tokens", shown=progress, unit="token", leave=False) as bar:
             while True:
                 drawn = self.agree([run.draw(row) for run, row in zip(going, logits, strict=True)])
                 for run, token in zip(going, drawn, strict=True):
@@ -501,8 +516,14 @@ class Runtime:
         return min(max_new_tokens, self.max_tokens - len(ids))
 
     def _waves(self, all_ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[Sequence[int]]]:
-        """Prompts, in their order, in groups that fit in memory; it is set aside for the largest."""
+        """Prompts, in their order, in groups that fit in memory, the same on all ranks; it is set aside for the
+        largest."""
         lengths = [len(ids) + self._room(ids, max_new_tokens) for ids in all_ids]
+        most = min(self.ranks.everybodys(self._most_together(lengths)))
+        return [[all_ids[number] for number in group] for group in _grouped(lengths, most)]
+
+    def _most_together(self, lengths: Sequence[int]) -> int:
+        """How many tokens of sequences of these lengths fit in memory, which is set aside for them."""
         longest = max(lengths)
         most = max(longest, min(sum(lengths), self._reserved or PASS_TOKENS))
         while True:
@@ -510,7 +531,7 @@ class Runtime:
             try:
                 largest = max(groups, key=lambda group: sum(lengths[number] for number in group))
                 self._reserve(sum(lengths[number] for number in largest), max(map(len, groups)))
-                return [[all_ids[number] for number in group] for group in groups]
+                return most
             except SpaceError:
                 if most == longest:
                     raise

@@ -225,7 +225,12 @@ class CheckpointWeights:
     @property
     def jobs(self) -> int:
         """Weights read at once."""
-        return self._jobs or (max(STREAM_JOBS, default_jobs()) if self.is_streamed else default_jobs())
+        return self.most_jobs if self.is_streamed else self._jobs or default_jobs()
+
+    @property
+    def most_jobs(self) -> int:
+        """Weights read at once if they are streamed."""
+        return self._jobs or max(STREAM_JOBS, default_jobs())
 
     @property
     def bytes_read(self) -> int:

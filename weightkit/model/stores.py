@@ -367,10 +367,7 @@ class Streamed:
         staged = None
         if self._host is not None and key in self._host:
             staged = self._host.arena.view(self._host.region(key), count)
-        if region is None:
-            buffer = torch.empty(count, dtype=torch.uint8, device=self._where)
-        else:
-            buffer = self._device.arena.view(region, count)
+        buffer = self._allocate_device(count) if region is None else self._device.arena.view(region, count)
         given_up = torch.cuda.current_stream(self._where).record_event() if self._on_gpu else None
         arrival = self._pool.submit(self._bring, unit.packed, buffer, staged, from_host, given_up)
         entry = _Entry(buffer, arrival, from_host)
@@ -383,6 +380,7 @@ class Streamed:
                 self._both[key] = None
         return entry
 
+    @torch.inference_mode()  # in which generation makes some of the memory; nothing else may then write to it
     def _bring(
         self,
         packed: Packed,
@@ -474,6 +472,7 @@ class Streamed:
         self._leaving.pop(key, None)
         return True
 
+    @torch.inference_mode()
     def _copy_to_host(self, key: str, buffer: torch.Tensor) -> None:
         if self._host is None:
             return
