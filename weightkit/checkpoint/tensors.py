@@ -6,6 +6,7 @@
     Dequantized       an FP8 weight times its block scales, in a float dtype
     GroupDequantized  a GPTQ weight of 4 or 8 bits, from its four tensors, in a float dtype
     Cast              another, in another float dtype
+    BlockQuantized    a float weight in FP8: its codes, or their block scales
     Promised          what is made elsewhere while it is written
 
 ``narrow``, ``concat``, ``dequantize``, ``dequantize_groups`` and ``cast_to`` build them in a normal form, so that equal
@@ -139,6 +140,27 @@ class Cast:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockQuantized:
+    """The F8_E4M3 codes of the float matrix ``source``, or, ``scales``, its F32 block scales: what ``Dequantized`` takes.
+
+    See ``weightkit.kernels.fp8_quant`` for how scales are chosen.
+    """
+
+    source: LazyTensor
+    scales: bool
+    power_of_two: bool
+
+    @property
+    def dtype(self) -> str:
+        return "F32" if self.scales else "F8_E4M3"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.source.shape
+        return tuple(-(-size // FP8_BLOCK) for size in shape) if self.scales else shape
+
+
+@dataclass(frozen=True, slots=True)
 class Promised:
     """Bytes that whoever asked for the write delivers while it runs, such as the result of a quantization.
 
@@ -150,7 +172,7 @@ class Promised:
     shape: tuple[int, ...]
 
 
-LazyTensor: TypeAlias = Stored | Narrow | Concat | Dequantized | GroupDequantized | Cast | Promised
+LazyTensor: TypeAlias = Stored | Narrow | Concat | Dequantized | GroupDequantized | Cast | BlockQuantized | Promised
 
 
 def size_bytes(tensor: LazyTensor) -> int:
@@ -176,7 +198,7 @@ def stored_parts(tensor: LazyTensor) -> Iterator[Stored]:
     match tensor:
         case Stored():
             yield tensor
-        case Narrow(source=source) | Cast(source=source):
+        case Narrow(source=source) | Cast(source=source) | BlockQuantized(source=source):
             yield from stored_parts(source)
         case Concat(parts=parts):
             for part in parts:
@@ -212,6 +234,8 @@ def narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:
             return _narrow_groups(tensor, dim, start, length)
         case Cast(source, dtype):
             return Cast(narrow(source, dim, start, length), dtype)
+        case BlockQuantized():
+            return _narrow_quantized(tensor, dim, start, length)
     return Narrow(tensor, dim, start, length)
 
 
@@ -265,6 +289,19 @@ def narrow_with_groups(tensor: GroupDequantized, start: int, length: int) -> Laz
     first, count = start // size, length // size
     qzeros, scales = narrow(part.qzeros, 0, first, count), narrow(part.scales, 0, first, count)
     return replace(part, qzeros=qzeros, scales=scales, first_group=part.first_group + first)
+
+
+def _narrow_quantized(tensor: BlockQuantized, dim: int, start: int, length: int) -> LazyTensor:
+    """Whole blocks by narrowing the source; what cuts one is cut from the blocks that cover it."""
+    source, size = tensor.source, tensor.source.shape[dim]
+    unit = FP8_BLOCK if tensor.scales else 1
+    low, high = start * unit // FP8_BLOCK * FP8_BLOCK, min((start + length) * unit, size)
+    high = min(-(-high // FP8_BLOCK) * FP8_BLOCK, size)
+    covering = BlockQuantized(narrow(source, dim, low, high - low), tensor.scales, tensor.power_of_two)
+    first = start - low // unit
+    if (first, length) == (0, covering.shape[dim]):
+        return covering
+    return Narrow(covering if (low, high) != (0, size) else tensor, dim, first, length)
 
 
 def _narrow_concat(parts: tuple[LazyTensor, ...], joined: int, dim: int, start: int, length: int) -> LazyTensor:
@@ -434,6 +471,13 @@ def dequantize_groups(
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
     return GroupDequantized(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype)
+
+
+def quantize_blocks(tensor: LazyTensor, *, power_of_two: bool, name: str) -> tuple[LazyTensor, LazyTensor]:
+    """The float matrix in FP8: codes and block scales. Raises ``ScaleError``, naming it, for what is no matrix."""
+    if len(tensor.shape) != 2:
+        raise ScaleError("only a matrix is quantized in blocks", where=name, found=f"{list(tensor.shape)}")
+    return BlockQuantized(tensor, False, power_of_two), BlockQuantized(tensor, True, power_of_two)
 
 
 def cast_to(tensor: LazyTensor, dtype: str) -> LazyTensor:

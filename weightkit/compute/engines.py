@@ -62,6 +62,12 @@ class Engine(Protocol):
         """A GPTQ weight [N, K], ``(code - zero) * float32(scale)`` rounded once to ``dtype``."""
         ...
 
+    def quantize_blocks(
+        self, values: Bytes, shape: tuple[int, int], dtype: str, power_of_two: bool
+    ) -> tuple[Bytes, Scales]:
+        """The matrix ``values`` (its bytes, of ``dtype`` floats) as E4M3 codes, flat, and block scales."""
+        ...
+
     def cast(self, values: Bytes, source: str, dtype: str) -> Bytes:
         """Flat bytes of ``source`` floats, rounded to nearest even in ``dtype``."""
         ...
@@ -121,6 +127,14 @@ class CpuEngine:
         )
         return out
 
+    def quantize_blocks(
+        self, values: Bytes, shape: tuple[int, int], dtype: str, power_of_two: bool
+    ) -> tuple[Bytes, Scales]:
+        from weightkit.kernels.fp8_quant_cpu import quantize_cpu
+
+        codes, scales = quantize_cpu(values, shape, dtype, power_of_two=power_of_two)
+        return codes.reshape(-1), scales
+
     def cast(self, values: Bytes, source: str, dtype: str) -> Bytes:
         return _cast(values, source, dtype)
 
@@ -170,6 +184,23 @@ class CudaEngine:
             target.copy_(weight, non_blocking=True)
             stream.synchronize()
         return out
+
+    def quantize_blocks(
+        self, values: Bytes, shape: tuple[int, int], dtype: str, power_of_two: bool
+    ) -> tuple[Bytes, Scales]:
+        import torch
+
+        from weightkit.kernels.fp8_quant import quantize
+
+        stream = self._stream()
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            matrix = torch.from_numpy(values).to(self._device, non_blocking=True).view(_torch_dtype(dtype)).view(shape)
+            codes, scales = quantize(matrix, power_of_two=power_of_two)
+            out = torch.from_numpy(self.buffer("quantized", codes.numel())).view(shape)
+            out.copy_(codes, non_blocking=True)
+            found = scales.cpu()
+            stream.synchronize()
+        return out.view(-1).numpy(), found.numpy()
 
     def cast(self, values: Bytes, source: str, dtype: str) -> Bytes:
         return _cast(values, source, dtype)

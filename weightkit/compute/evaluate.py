@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from weightkit.checkpoint.dtypes import itemsize
 from weightkit.checkpoint.reading import Bytes, Reader
 from weightkit.checkpoint.tensors import (
     FP8_BLOCK,
+    BlockQuantized,
     Cast,
     Concat,
     Dequantized,
@@ -36,6 +38,9 @@ GROUP_STRIP_BYTES = 32 << 20
 def strips(tensor: LazyTensor, max_bytes: int) -> Iterator[LazyTensor]:
     """The tensor cut along dimension 0 into strips of at most ``strip_bytes``, but at least 128 rows each."""
     max_bytes = strip_bytes(tensor, max_bytes)
+    if isinstance(tensor, BlockQuantized) and tensor.scales:
+        yield from _scale_strips(tensor, max_bytes)
+        return
     if not tensor.shape or size_bytes(tensor) <= max_bytes:
         yield tensor
         return
@@ -44,6 +49,15 @@ def strips(tensor: LazyTensor, max_bytes: int) -> Iterator[LazyTensor]:
     step = max(1, max_bytes // row_bytes // STRIP_ROWS) * STRIP_ROWS
     for start in range(0, rows, step):
         yield narrow(tensor, 0, start, min(step, rows - start))
+
+
+def _scale_strips(tensor: BlockQuantized, max_bytes: int) -> Iterator[LazyTensor]:
+    """Scales are few, and each needs a block of the source: strips as those of the codes."""
+    row = 0
+    for codes in strips(replace(tensor, scales=False), max_bytes):
+        count = -(-codes.shape[0] // FP8_BLOCK)
+        yield narrow(tensor, 0, row, count)
+        row += count
 
 
 def strip_bytes(tensor: LazyTensor, max_bytes: int) -> int:
@@ -76,6 +90,10 @@ def evaluate(tensor: LazyTensor, reader: Reader, engine: Engine) -> Bytes:
             return engine.dequantize_groups(read_packed(tensor, reader, engine), tensor.dtype)
         case Cast(source, dtype):
             return engine.cast(evaluate(source, reader, engine), source.dtype, dtype)
+        case BlockQuantized(source, scales, power_of_two):
+            values, (rows, columns) = evaluate(source, reader, engine), source.shape
+            codes, found = engine.quantize_blocks(values, (rows, columns), source.dtype, power_of_two)
+            return found.reshape(-1).view(np.uint8) if scales else codes
         case Narrow(source, dim, start, length) if not is_plain(source):
             whole = _elements(evaluate(source, reader, engine), source)
             index = (slice(None),) * dim + (slice(start, start + length),)

@@ -4,5 +4,6 @@ from weightkit.transforms.cast import cast
 from weightkit.transforms.experts import keep_experts, read_kept
 from weightkit.transforms.shard import merge, shard
 from weightkit.transforms.strip import strip_mtp
+from weightkit.transforms.to_fp8 import cast_to_fp8
 
-__all__ = ["cast", "keep_experts", "merge", "read_kept", "shard", "strip_mtp"]
+__all__ = ["cast", "cast_to_fp8", "keep_experts", "merge", "read_kept", "shard", "strip_mtp"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from weightkit.checkpoint.copies import Copy, copies
 from weightkit.checkpoint.reading import Bytes
-from weightkit.checkpoint.tensors import LazyTensor, Promised, is_plain, size_bytes
+from weightkit.checkpoint.tensors import BlockQuantized, LazyTensor, Promised, is_plain, size_bytes
 from weightkit.compute import strips
 from weightkit.errors import WriteError
 
@@ -92,7 +92,15 @@ def _joined(runs: Iterable[Copy]) -> Iterator[Copy]:
 
 
 def require_in_range(piece: Made, data: Bytes) -> None:
-    """Raise ``WriteError`` where F16 holds an Inf: the cast of a value over 65504 that BF16 and F32 can hold."""
+    """Raise ``WriteError`` where F16 holds an Inf, the cast of a value over 65504 that BF16 and F32 can hold, or where a
+    scale is none."""
+    if isinstance(piece.strip, BlockQuantized) and piece.strip.scales and not np.isfinite(data.view(np.float32)).all():
+        raise WriteError(
+            "values that are not finite",
+            where=piece.name,
+            found="Inf among the weights",
+            fix="weightkit verify --values lists all such weights.",
+        )
     if piece.strip.dtype != "F16" or is_plain(piece.strip):
         return
     overflown = int(np.count_nonzero((data.view(np.uint16) & 0x7FFF) == _F16_INF))

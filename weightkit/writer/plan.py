@@ -14,6 +14,7 @@ from weightkit.checkpoint.folder import LOCK_NAME, SideFile
 from weightkit.checkpoint.index import INDEX_NAME, index_bytes, is_file_name, is_relative_path
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.checkpoint.tensors import (
+    BlockQuantized,
     Cast,
     Concat,
     Dequantized,
@@ -126,6 +127,8 @@ def describe(tensor: LazyTensor, paths: Mapping[str, str]) -> list[object]:
             return ["group dequantized", stored, bits, zero_offset, dtype, *([first_group] if first_group else [])]
         case Cast(source, dtype):
             return ["cast", describe(source, paths), dtype]
+        case BlockQuantized(source, scales, power_of_two):
+            return ["block quantized", describe(source, paths), scales, power_of_two]
         case Promised(recipe, dtype, shape):
             return ["promised", recipe, dtype, list(shape)]
 

@@ -1,0 +1,130 @@
+"""FP8 quantization: codes against torch's own conversion, scales that give dequantized values back, three equal paths."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from weightkit.kernels import fp8_quant
+from weightkit.kernels.fp8_quant_cpu import quantize_cpu
+
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def from_fp8(dtype: torch.dtype, rows: int = 300, columns: int = 200, seed: int = 0) -> torch.Tensor:
+    """A matrix as a cast makes it of FP8 codes and scales; block [1, 0] holds no large code, a row is all zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
+    codes[(codes & 0x7F) == 0x7F] = 0
+    codes[128:256, :128] %= 0x60
+    codes[5] = 0
+    scales = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator) * 0.002 + 0.0005
+    each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    return (codes.view(torch.float8_e4m3fn).float() * each).to(dtype)
+
+
+def dequantized(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: codes.shape[0], : codes.shape[1]]
+    return (codes.view(torch.float8_e4m3fn).float() * each).to(dtype)
+
+
+def on_cpu(values: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    raw = values.contiguous().view(torch.uint8).numpy().reshape(-1)
+    codes, scales = quantize_cpu(raw, tuple(values.shape), DTYPES[values.dtype], power_of_two=power_of_two)
+    return torch.from_numpy(codes), torch.from_numpy(scales)
+
+
+def cases(dtype: torch.dtype) -> list[torch.Tensor]:
+    plain = torch.randn(130, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    odd = plain.clone()
+    odd[3, 4] = float("nan")
+    odd[:128, 128:256] = 0
+    return [from_fp8(dtype), plain, odd]
+
+
+def test_every_code_and_many_values_are_encoded_as_torch_does() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]
+    assert torch.equal(fp8_quant.encode_e4m3(fp8_quant.decode_e4m3(codes)), codes)
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
+    values = (values * torch.exp(3 * torch.randn(200_000))).clamp(-448, 448)
+    assert torch.equal(fp8_quant.encode_e4m3(values), values.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_came_from_fp8_are_given_back(dtype: torch.dtype) -> None:
+    values = from_fp8(dtype)
+    assert torch.equal(dequantized(*on_cpu(values, power_of_two=False), dtype), values)
+
+
+def test_other_values_are_rounded_to_the_nearest_code_of_the_largest_scale() -> None:
+    values = cases(torch.bfloat16)[1]
+    codes, scales = on_cpu(values, power_of_two=False)
+    assert torch.equal(scales[0, 0], values[:128, :128].float().abs().max() / 448)
+    each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:130, :300]
+    assert torch.equal(codes, (values.float() / each).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def test_powers_of_two() -> None:
+    values = cases(torch.float32)[1]
+    _, scales = on_cpu(values, power_of_two=True)
+    exact = values[:128, :128].abs().max() / 448
+    assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))
+    assert exact <= scales[0, 0] < 2 * exact
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_compiled_loop_equals_the_reference(dtype: torch.dtype, power_of_two: bool) -> None:
+    for values in cases(dtype):
+        codes, scales = on_cpu(values, power_of_two)
+        expected_codes, expected_scales = fp8_quant.quantize_reference(values, power_of_two=power_of_two)
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(scales, expected_scales)
+
+
+INTERPRETED = """
+import sys; sys.path.insert(0, {tests!r})
+import torch
+import test_fp8_quant as t
+from weightkit.kernels import fp8_quant
+for dtype in t.DTYPES:
+    for values in t.cases(dtype):
+        for power in (False, True):
+            got, wanted = fp8_quant.quantize(values, power_of_two=power), t.on_cpu(values, power)
+            assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1]), (dtype, power)
+print("equal")
+"""
+
+
+def test_the_kernel_equals_it_too_as_the_interpreter_runs_it() -> None:
+    code = INTERPRETED.format(tests=os.path.dirname(__file__))  # noqa: PTH120
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_equals_it_too_on_a_gpu(dtype: torch.dtype) -> None:
+    for values in [*cases(dtype), from_fp8(dtype, 2048, 7168, seed=3)]:
+        for power in (False, True):
+            codes, scales = fp8_quant.quantize(values.cuda(), power_of_two=power)
+            wanted = on_cpu(values, power)
+            assert torch.equal(codes.cpu(), wanted[0])
+            assert torch.equal(scales.cpu(), wanted[1])
+
+
+def test_nan_has_its_code_and_does_not_spoil_its_block() -> None:
+    values = cases(torch.float32)[2]
+    codes, scales = on_cpu(values, power_of_two=False)
+    assert codes[3, 4] & 0x7F == 0x7F
+    assert np.isfinite(scales.numpy()).all()
+    assert (codes & 0x7F == 0x7F).sum() == 1
