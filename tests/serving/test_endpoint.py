@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 from serving.contract_server import Server, serving
 
+from weightkit import manifests
 from weightkit.errors import EndpointError
 from weightkit.serving import Client, smoke_endpoint
 from weightkit.serving.client import base_url
@@ -141,6 +142,16 @@ def test_wrong_answers_to_general_questions_are_not_held_against_it() -> None:
     verdict = smoke(Server(answers={}))
     assert outcome(verdict)["answers"] is None
     assert verdict.ok
+
+
+def test_answers_that_the_manifest_knows_must_come() -> None:
+    pico = manifests.load("pico")
+    assert pico.smoke is not None
+    known = dict(pico.smoke.answers)
+    assert smoke(Server(answers=known), manifest=pico).ok
+    wrong = smoke(Server(answers={prompt: f"{answer}?" for prompt, answer in known.items()}), manifest=pico)
+    assert outcome(wrong)["answers"] is False
+    assert f"0 of {len(known)} right" in detail(wrong, "answers")
 
 
 def test_a_model_that_is_not_served() -> None:

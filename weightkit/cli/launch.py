@@ -126,7 +126,9 @@ class _Lines:
     def __call__(self, line: str) -> None:
         import time
 
-        own = line.startswith(("Log: ",)) or " is ready after " in line
-        if own or sys.stderr.isatty() or time.monotonic() - self._said_s > self.EVERY_S:
+        own = line.startswith("Log: ") or " is ready after " in line
+        if own:
+            click.echo(line, err=True)
+        elif sys.stderr.isatty() or time.monotonic() - self._said_s > self.EVERY_S:
             self._said_s = time.monotonic()
-            click.echo(line if own else f"  {line}", err=True)
+            click.echo(f"  {line}", err=True)

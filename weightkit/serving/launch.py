@@ -151,7 +151,8 @@ def _notes(subject: Subject, settings: Settings) -> list[str]:
         notes.append("--trust-remote-code runs the Python code of the checkpoint's tokenizer. Read it first.")
     if settings.dtype is not None and engine.health:
         notes.append("The weights are F32; it computes in BF16.")
-    if not subject.mtp and engine.draft_models and arch.num_nextn_predict_layers:
+    drafts = engine.draft_models and not (engine.name == "sglang" and arch.is_gptq)
+    if not subject.mtp and drafts and arch.num_nextn_predict_layers:
         notes.append("It has MTP layers, which are not used: --mtp 1 drafts with them.")
     if subject.context is None and engine.health and settings.context < arch.max_position_embeddings:
         longest = arch.max_position_embeddings

@@ -54,7 +54,6 @@ class EngineProcess:
                 )
             except OSError as exc:
                 raise EngineError(f"it cannot be started ({exc.strerror or exc})", where=argv[0]) from exc
-        self._follow()
 
     @property
     def pid(self) -> int:
@@ -87,19 +86,23 @@ class EngineProcess:
         """End it and everything that it started. A second Ctrl-C kills at once."""
         try:
             self._signal_group(signal.SIGTERM)
-            deadline = time.monotonic() + grace_s
-            while self._alive() and time.monotonic() < deadline:
+            deadline, alone = time.monotonic() + grace_s, False
+            while (left := self._alive()) and time.monotonic() < deadline:
+                if self._process.returncode is not None and not alone:  # who would have stopped them is gone
+                    alone, deadline = True, min(deadline, time.monotonic() + INTERRUPTED_S)
+                    for pid in left:
+                        _signal(pid, signal.SIGTERM)
                 time.sleep(0.05)
         finally:
-            self._kill()
+            with _deaf():
+                self._kill()
 
     def _kill(self) -> None:
         """Kill what is left, and what that started meanwhile, until there is nothing."""
         for _ in range(50):
             self._signal_group(signal.SIGKILL)
             for pid in self._alive():
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+                _signal(pid, signal.SIGKILL)
             if not self._alive():
                 break
             time.sleep(0.05)
@@ -129,6 +132,11 @@ class EngineProcess:
             members |= further
             grown = bool(further)
         self._members = {pid: table[pid].start for pid in members}
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
 
 
 class _Process:
@@ -165,6 +173,19 @@ def interrupts() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Within the block Ctrl-C is not heard: what it would stop is being killed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupt(*_: object) -> NoReturn:
