@@ -10,6 +10,7 @@ from weightkit.errors import EndpointError
 from weightkit.manifests import Manifest
 from weightkit.serving.client import TIMEOUT_S, Answer, Client, SilentServerError, UnreachableServerError
 from weightkit.smoke import Check, Prompt, Verdict, check_answers, prompts_for
+from weightkit.units import counted
 
 MAX_NEW_TOKENS = 64
 FEWEST_REPEATS = 12
@@ -138,7 +139,7 @@ class _Test:
             return Check("stream", False, f"another model answered: expected {self.model}, found {answer.model}")
         first = f", the first after {answer.first_s:.2f} s" if answer.first_s is not None else ""
         figures = {"pieces": answer.pieces, "first_s": answer.first_s, "wall_s": answer.wall_s}
-        return Check("stream", True, f"{answer.pieces} pieces{first}", figures)
+        return Check("stream", True, f"{counted(answer.pieces, 'piece')}{first}", figures)
 
     def repeatable(self) -> Check:
         """The first answer, the streamed one and one more; where they differ and each is right, there is no telling."""
