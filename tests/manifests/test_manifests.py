@@ -88,7 +88,8 @@ def test_one_that_ships_with_its_checkpoint(folder: Path) -> None:
     (folder / "tiny").mkdir()
     (folder / "tiny" / "manifest.toml").write_text(
         'title = "Tiny"\ncheckpoint = "checkpoint"\n[architecture]\nmodel_type = "deepseek_v3"\n'
-        '[files]\n"a.safetensors" = {size_bytes = 3}\n[evaluation]\naccuracy = 0.97\n',
+        '[files]\n"a.safetensors" = {size_bytes = 3}\n[evaluation]\naccuracy = 0.97\n'
+        '[smoke]\nperplexity = 3.5\nanswers = [["1 + 1?", "2"]]\n',
         encoding="utf-8",
     )
     assert manifests.names() == ("tiny",)
@@ -97,6 +98,7 @@ def test_one_that_ships_with_its_checkpoint(folder: Path) -> None:
     assert manifest.config == {"model_type": "deepseek_v3"}
     assert manifest.files == {"a.safetensors": {"size_bytes": 3}}
     assert manifest.evaluation == {"accuracy": 0.97}
+    assert manifest.smoke == manifests.Smoke((("1 + 1?", "2"),), 3.5)
     assert manifest.expected is None
     assert manifest.hubs == {}
 
@@ -111,6 +113,8 @@ def test_one_that_ships_with_its_checkpoint(folder: Path) -> None:
         ('title = "x"\n[architecture]\n[hubs.huggingface]\nid = "a/b"\n', "revision is not"),
         ('title = "x"\n[architecture]\n[calibration]\nsamples = 3\n', "file is not"),
         ('title = "x"\n[architecture]\n[calibration]\nfile = "a"\ndataset = "b/c"\n', "revision is not"),
+        ('title = "x"\n[architecture]\n[smoke]\nanswers = [["?"]]\n', "answers is not"),
+        ('title = "x"\n[architecture]\n[smoke]\nperplexity = 0.5\n', "perplexity is not"),
         ('title = "x"\n[architecture]\n[expected]\ntensors = true\nsize_bytes = 1\nelements = {}\n', "tensors is not"),
     ],
 )

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# the small checkpoint is written by the model's tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 
 
 @pytest.fixture(autouse=True, scope="module")

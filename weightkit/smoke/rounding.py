@@ -5,13 +5,12 @@ the nearest values of the coarser format: its own damage aside, what that loses 
 small factor. A weight that comes from the coarser format in the first place (BF16 cast from FP8) is met by this
 rounding again and loses next to nothing; then next to nothing is explained.
 
-Where both are stored in the same lossy format, rounding again would find nothing to round. Then each is taken to be
-off by an error spread evenly over a step of the format.
+Where both are FP8, or codes of as many bits, rounding again would find nothing to round. Then each is taken to be off
+by an error spread evenly over a step of its format.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,8 +18,8 @@ import torch
 
 from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.dtypes import TORCH_NAMES
-from weightkit.family import FP8, Architecture, Quantization
-from weightkit.transforms.cast import is_scale
+from weightkit.family import FP8, Architecture
+from weightkit.transforms.cast import CODES_SUFFIX, PARTNERS, is_scale
 
 _FP8_BLOCK = 128
 _FP8_LARGEST = 448.0
@@ -63,18 +62,16 @@ class Format:
 def stored_formats(checkpoint: Checkpoint) -> dict[str, Format]:
     """The format of every weight of an opened checkpoint that is not cast, by the name that it has once cast."""
     quantization = Architecture.from_config(checkpoint.config, where=str(checkpoint.root)).quantization or FP8
-    found = (
-        _format(name, tensor.dtype, quantization)
-        for name, tensor in checkpoint.tensors.items()
-        if not is_scale(name, checkpoint.tensors)
-    )
-    return dict(item for item in found if item is not None)
-
-
-def _format(name: str, dtype: str, quantization: Quantization) -> tuple[str, Format] | None:
-    if name.endswith(".qweight"):
-        return name.removesuffix("qweight") + "weight", Format(f"I{quantization.bits}", quantization.group_size)
-    return (name, Format(dtype)) if dtype in TORCH_NAMES or dtype == "F8_E4M3" else None
+    tensors, found = checkpoint.tensors, {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "qweight":
+            found[f"{module}.weight"] = Format(f"I{quantization.bits}", quantization.group_size)
+        elif is_scale(name, tensors) or (leaf in PARTNERS and f"{module}{CODES_SUFFIX}" in tensors):
+            continue
+        elif tensor.dtype in TORCH_NAMES or tensor.dtype == "F8_E4M3":
+            found[name] = Format(tensor.dtype)
+    return found
 
 
 def explained(one: torch.Tensor, other: torch.Tensor, formats: tuple[Format, Format]) -> torch.Tensor:
@@ -85,8 +82,8 @@ def explained(one: torch.Tensor, other: torch.Tensor, formats: tuple[Format, For
             vector.
         formats: in which they are stored.
     """
-    if formats[0] == formats[1] and formats[0].is_scaled:
-        return _noise(one, formats[0])
+    if formats[0].dtype == formats[1].dtype and formats[0].is_scaled:
+        return _noise(one, formats[0], seed=0) - _noise(other, formats[1], seed=1)
     by_fineness = sorted(zip((one, other), formats, strict=True), key=lambda pair: pair[1].coarseness)
     finer, coarser = by_fineness[0][0], by_fineness[1][1]
     return round_to(finer, coarser) - finer
@@ -104,17 +101,17 @@ def round_to(weight: torch.Tensor, form: Format) -> torch.Tensor:
     return (weight / scale).round().clamp(-most, most - 1) * scale
 
 
-def _noise(weight: torch.Tensor, form: Format) -> torch.Tensor:
-    """The difference of two independent roundings; the same at every call."""
+def _noise(weight: torch.Tensor, form: Format, seed: int) -> torch.Tensor:
+    """What rounding to ``form`` may have done to ``weight``: drawn evenly from a step of it, the same at every call."""
     if weight.dim() != 2:
         return torch.zeros_like(weight)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     even = torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5
     step = _scale(weight, form)
     if form.dtype == "F8_E4M3":
         exponent = (weight / step).abs().clamp_min(_FP8_SMALLEST).log2().floor() - _FP8_MANTISSA_BITS
         step = step * exponent.exp2().clamp_min(_FP8_SMALLEST)
-    return even * step * math.sqrt(2)
+    return even * step
 
 
 def _scale(weight: torch.Tensor, form: Format) -> torch.Tensor:
