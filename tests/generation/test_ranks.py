@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,9 +22,9 @@ from transformers_oracle import V2_LITE
 from weightkit import manifests
 from weightkit.errors import DeviceError, MissingFileError, SpaceError
 from weightkit.generation import Runtime
-from weightkit.generation.ranks import RankReport, start, take_device, verdict
+from weightkit.generation.ranks import RankReport, take_device, verdict
 from weightkit.layouts import open_checkpoint
-from weightkit.ranks import World
+from weightkit.ranks import World, start
 from weightkit.transforms import shard
 from weightkit.writer import write
 
@@ -145,10 +146,7 @@ def test_a_rank_that_is_killed_ends_the_others(forms: dict[str, Path], tmp_path:
 
 
 def test_the_command_starts_ranks_and_says_all_that_is_wrong_at_once(forms: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "broken").mkdir()
-    for path in forms["pico-mp2"].iterdir():
-        if path.name != "model1-mp2.safetensors":
-            (tmp_path / "broken" / path.name).symlink_to(path)
+    shutil.copytree(forms["pico-mp2"], tmp_path / "broken", ignore=shutil.ignore_patterns("model1-*"))
     command = [sys.executable, "-m", "weightkit", "generate", "--ranks", "2", "--device", "cuda"]
     done = subprocess.run([*command, str(tmp_path / "broken"), "--json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from weightkit.layouts import open_checkpoint
 from weightkit.layouts.declare import architecture_of
 from weightkit.layouts.ranks import rank_sets
 from weightkit.model.memory import FREE_SHARE, free_memory_bytes
-from weightkit.ranks import World, launch
+from weightkit.ranks import World
 from weightkit.ranks.failures import leave_quietly, together
 from weightkit.ranks.ranks import Ranks
 from weightkit.units import counted, human_bytes
@@ -108,28 +107,6 @@ def open_on_ranks(
         ranks.move_to(runtime.weights.device)
         yield runtime
     ranks.leave()
-
-
-def start(size: int, arguments: Sequence[str]) -> int | None:
-    """Run ``weightkit`` with ``arguments`` on ``size`` ranks of this machine, as torchrun would. The exit code; None
-    where this process is such a rank already, or where one is enough.
-
-    Raises:
-        DeviceError: this is a rank among another number of them.
-        RankError: one was ended by a signal.
-    """
-    world = World.of_environment()
-    if world.size == size:
-        return None
-    if world.size > 1:
-        raise DeviceError(
-            "torchrun has started another number of ranks",
-            where="--ranks",
-            expected=world.size,
-            found=size,
-            fix="Leave --ranks out.",
-        )
-    return launch(size, [sys.executable, "-m", "weightkit", *arguments])
 
 
 def verdict(reports: Sequence[RankReport]) -> list[WeightkitError]:

@@ -8,7 +8,7 @@
 ``torchrun`` starts the processes, on one machine or on several; ``launch`` does the same on one.
 """
 
-from weightkit.ranks.launch import launch
+from weightkit.ranks.launch import launch, start
 from weightkit.ranks.world import World
 
-__all__ = ["World", "launch"]
+__all__ = ["World", "launch", "start"]

@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from weightkit.errors import RankError
+from weightkit.errors import DeviceError, RankError
+from weightkit.ranks.world import World
 
 LOOK_EVERY_S = 0.05
 END_TIMEOUT_S = 15.0
@@ -21,6 +22,28 @@ STOP_TIMEOUT_S = 2.0
 
 LAUNCHED = "WEIGHTKIT_LAUNCHED"
 """Set for the ranks of ``launch``: they are not to outlive it."""
+
+
+def start(size: int, arguments: Sequence[str]) -> int | None:
+    """Run ``weightkit`` with ``arguments`` on ``size`` ranks of this machine, as torchrun would. The exit code; None
+    where this process is such a rank already, or where one is enough.
+
+    Raises:
+        DeviceError: this is a rank among another number of them.
+        RankError: one was ended by a signal.
+    """
+    world = World.of_environment()
+    if world.size == size:
+        return None
+    if world.size > 1:
+        raise DeviceError(
+            "torchrun has started another number of ranks",
+            where="--ranks",
+            expected=world.size,
+            found=size,
+            fix="Leave --ranks out.",
+        )
+    return launch(size, [sys.executable, "-m", "weightkit", *arguments])
 
 
 def launch(size: int, command: Sequence[str]) -> int:
@@ -85,10 +108,11 @@ def _environment(size: int) -> Mapping[str, str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = max(1, len(os.sched_getaffinity(0)) // size)
-    own = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return {
-        **own,
-        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # when one rank ends early, others' torch prints its C++ stack as a warning
+        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+        **os.environ,  # what the user set stands
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(size),
