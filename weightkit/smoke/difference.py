@@ -47,6 +47,7 @@ for 1024 inputs and little calibration."""
 MOST = 0.8
 """Share of the rows between the first and the last that is told as all of them."""
 
+_ALL = "all of it"
 _STRIP_ELEMENTS = 1 << 24
 
 
@@ -63,7 +64,7 @@ class Region:
         for what, numbers, size in zip(("row", "column"), (self.rows, self.columns), self.shape, strict=False):
             if len(numbers) < size:
                 parts.append(f"{what}{'s' * (len(numbers) > 1)} {ranges(_closed(numbers))}")
-        return ", ".join(parts) if parts else "all of it"
+        return ", ".join(parts) if parts else _ALL
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class TensorDifference:
         if not self.finite:
             return f"{self.name}: NaN or Inf"
         what = self.hint or self._by_length()
-        place = "" if self.region is None else f" in {self.region}"
+        place = "" if self.region is None or str(self.region) == _ALL else f" in {self.region}"
         away = f"differs by {self.relative:.3g}, of which {self.formats[0]} and {self.formats[1]} explain "
         away += f"{self.explained:.2g}"
         if self.output is not None:

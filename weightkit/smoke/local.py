@@ -15,6 +15,7 @@ from weightkit.family import Architecture
 from weightkit.generation import Runtime
 from weightkit.layouts import open_checkpoint
 from weightkit.manifests import Manifest
+from weightkit.smoke.bar import steps_bar
 from weightkit.smoke.determinism import check_determinism
 from weightkit.smoke.forward import Pass, run
 from weightkit.smoke.identity import known_manifest
@@ -67,7 +68,7 @@ def smoke_checkpoint(
     with Runtime(checkpoint, device=device, dtype=dtype, memory_bytes=memory_bytes, jobs=jobs) as runtime:
         material = Material.of(runtime.tokenizer, prompts, runtime.model.arch.vocab_size, runtime.max_tokens)
         steps = len(runtime.model.layers) + len(prompts) + 1
-        with tqdm(total=steps, desc="smoke", disable=not progress, leave=False) as bar:
+        with steps_bar(steps, "smoke", shown=progress) as bar:
             seen = run(runtime.model, material.ids, bar.update)
             checks = [_finite(seen, material)]
             ok = checks[0].ok
