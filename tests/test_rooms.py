@@ -40,7 +40,7 @@ ORDER = (
     ("manifests.pico.questions",),
     ("manifests", "manifests.pico.architecture"),
     ("checkpoint",),
-    ("durable", "machine", "progress", "units"),
+    ("durable", "machine", "progress", "remote", "units"),
     ("errors",),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -25,8 +25,8 @@ from weightkit.errors import FetchError, FormatError, ListingError, PlanError, P
 from weightkit.examine import verify
 from weightkit.hub import plan_fetch
 from weightkit.hub.listing import RemoteFile, listing_from_json, make_listing
-from weightkit.hub.patience import Hiccup, Patience, wait_from_headers
 from weightkit.hub.state import FileStamp, with_check
+from weightkit.remote.patience import Hiccup, Patience, wait_from_headers
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ ask.py          both asked at once; what was pinned earlier
 wanted.py       a model's name, its places, which of its files
 mtp.py          files of MTP tensors alone, told by their headers
 plan.py         what a fetch will do, before anything is written
-transport.py    one response: redirects, ranges, status codes, stalls
+transport.py    one response: status codes, and whether it is of the listed object
 line.py         one file's bytes, over as many responses and hubs as it takes
 partial.py      one file on its way, and the map of what has arrived
 mend.py         one file whose checksum is wrong
@@ -25,7 +25,7 @@ _HOMES = {
     "FetchPlan": "weightkit.hub.plan",
     "Fetched": "weightkit.hub.api",
     "Grain": "weightkit.hub.partial",
-    "Patience": "weightkit.hub.patience",
+    "Patience": "weightkit.remote.patience",
     "execute": "weightkit.hub.api",
     "fetch": "weightkit.hub.api",
     "plan_fetch": "weightkit.hub.plan",
@@ -34,8 +34,8 @@ _HOMES = {
 if TYPE_CHECKING:
     from weightkit.hub.api import Fetched, execute, fetch
     from weightkit.hub.partial import Grain
-    from weightkit.hub.patience import Patience
     from weightkit.hub.plan import FetchPlan, plan_fetch
+    from weightkit.remote.patience import Patience
 
 __all__ = ["FetchPlan", "Fetched", "Grain", "Patience", "execute", "fetch", "plan_fetch"]
 

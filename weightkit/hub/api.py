@@ -12,11 +12,11 @@ from weightkit.durable import FULL, no_space, only_writer
 from weightkit.errors import PlanError, TargetError
 from weightkit.hub.line import READ_BYTES, Shared
 from weightkit.hub.partial import Grain
-from weightkit.hub.patience import Patience, Throttle
 from weightkit.hub.plan import FetchPlan, make_shared, plan_fetch, require_space
 from weightkit.hub.run import Run, seal
 from weightkit.hub.state import Record
 from weightkit.progress import Progress
+from weightkit.remote.patience import Patience, Throttle
 from weightkit.units import human_bytes, human_seconds
 
 DEFAULT_JOBS = 8

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from weightkit.errors import HubError, TargetError, UnreachableError, WeightkitError, raise_all
 from weightkit.hub.clients import OFFLINE, Hub, connect
 from weightkit.hub.listing import HubName, Listing
-from weightkit.hub.patience import Hiccup, Patience, Stopped
 from weightkit.hub.state import State
 from weightkit.hub.transport import Source
 from weightkit.hub.wanted import Wanted
+from weightkit.remote.patience import Hiccup, Patience, Stopped
 
 #: The second hub is waited for so long after the first has answered.
 GRACE_S = 5.0

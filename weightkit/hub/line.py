@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from weightkit.errors import HubError, UnreachableError
 from weightkit.hub.listing import RemoteFile
-from weightkit.hub.patience import Hiccup, Patience, Stopped, Throttle
-from weightkit.hub.transport import Source, Stream, Transport
+from weightkit.hub.transport import Source, Transport
+from weightkit.remote.patience import Hiccup, Patience, Stopped, Throttle
+from weightkit.remote.web import Stream
 
 #: What is read from a socket at once, at most.
 READ_BYTES = 1 << 20

@@ -15,11 +15,11 @@ from weightkit.hub.ask import ask_all
 from weightkit.hub.line import Health, Line, Shared
 from weightkit.hub.listing import Listing, RemoteFile
 from weightkit.hub.mtp import WithoutMtp, leave_out_mtp
-from weightkit.hub.patience import Patience, Throttle
 from weightkit.hub.state import FileStamp, State, read_state
 from weightkit.hub.transport import Source, Transport
 from weightkit.hub.wanted import choose_hubs, require_manifest, resolve, select
 from weightkit.machine import free_disk_bytes
+from weightkit.remote.patience import Patience, Throttle
 from weightkit.units import human_bytes
 
 

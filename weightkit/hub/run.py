@@ -19,11 +19,11 @@ from weightkit.hub.line import Line, RangeIgnored, Shared
 from weightkit.hub.listing import RemoteFile
 from weightkit.hub.mend import Mender
 from weightkit.hub.partial import Digests, Grain, Partial, disk_problem
-from weightkit.hub.patience import Stopped, interrupted
 from weightkit.hub.plan import FetchPlan, is_ours, serving
 from weightkit.hub.state import FileStamp, Record, make_lock
 from weightkit.hub.transport import Transport
 from weightkit.progress import Progress
+from weightkit.remote.patience import Stopped, interrupted
 
 #: Files below this come first: config and tokenizer are there while the weights still arrive.
 SMALL_BYTES = 16 << 20
