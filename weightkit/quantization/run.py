@@ -17,7 +17,7 @@ import triton
 import weightkit
 from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.checkpoint import stored_tensors
-from weightkit.durable import only_writer
+from weightkit.durable import STATE_DIR, only_writer
 from weightkit.errors import FormatError, Interrupted, MissingFileError, SpaceError, WeightkitError, WriteError
 from weightkit.model import Layer, Rope, Rotation
 from weightkit.model.loading import Loader
@@ -123,10 +123,9 @@ def _begun(job: Job, outbox: Outbox, stack: ExitStack, *, progress: bool, force:
 
 def _complete(target: Path) -> Outcome:
     """Of an earlier run, which may have been killed when all but its state's removal was done."""
-    state = State(target)
-    if state.folder.exists():
+    if (target / STATE_DIR).exists():
         with suppress(OSError, WriteError), only_writer(target):
-            state.clear()
+            State(target).clear()
     try:
         return Outcome(target, QuantizationReport.load(target / JSON_NAME), complete_before=True)
     except (FormatError, MissingFileError):
@@ -330,9 +329,11 @@ class _Work:
                 plain.result()  # a disk that is full is better known now than after the last layer
         if self.run is None:
             return report
-        self.state.keep_report(report)
         if writing is None:
+            if not self.plan.shapes_in(index):  # else an earlier run quantized this layer, and kept what it found
+                self.state.keep_report(report)
             return report
+        self.state.keep_report(report)
         self.outbox.allow(self.plan.file_of(index).name)  # no layer counts as done without its report
         waited = time.monotonic()
         writing.result()
