@@ -132,11 +132,6 @@ def verdict(reports: Sequence[RankReport]) -> list[WeightkitError]:
     return problems
 
 
-def total_bytes_read(runtime: Runtime) -> int:
-    """Bytes that all ranks read from files so far. All ranks must ask."""
-    return sum(runtime.ranks.everybodys(runtime.weights.bytes_read))
-
-
 @contextmanager
 def _silence(world: World) -> Iterator[None]:
     """On ranks after the first, nowhere for what they print."""

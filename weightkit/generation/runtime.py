@@ -55,10 +55,13 @@ class Generation:
         prefill_s: from the start to the first new token, reading of weights included; of prompts that share a pass, the
             pass's.
         decode_s: from the first new token to the last.
-        bytes_read: from the checkpoint's files, since the runtime was opened until the end of this generation.
+        bytes_read: from the checkpoint's files by all ranks, since the runtime was opened until the end of this
+            generation.
         device: ``cpu`` or ``cuda``.
         dtype: in which was computed: ``bfloat16``, ``float16`` or ``float32``.
-        cache: where weights of routed experts were found during this generation; of prompts that share a pass, for all.
+        cache: where weights of routed experts were found during this generation; of prompts that share a pass, for all;
+            of ranks, on this one.
+        ranks: processes that shared the work.
     """
 
     text: str
@@ -71,6 +74,7 @@ class Generation:
     device: str
     dtype: str
     cache: CacheUse = field(default_factory=CacheUse)
+    ranks: int = 1
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -82,7 +86,7 @@ class Generation:
         tokens = f"{len(self.prompt_ids)} tokens in, {len(self.token_ids)} out (stopped by {self.stopped_by})"
         took = f"first token after {human_seconds(self.prefill_s)}{render_rate(self.tokens_per_s)}"
         read = f"{human_bytes(self.bytes_read)} read{render_hits(self.cache)}"
-        return f"[{tokens}; {took}; {read}; {self.dtype} on {self.device}]"
+        return f"[{tokens}; {took}; {read}; {render_place(self)}]"
 
 
 def render_rate(tokens_per_s: float | None) -> str:
@@ -105,6 +109,12 @@ def render_hits(cache: CacheUse) -> str:
     return f" ({', '.join(shares)})"
 
 
+def render_place(result: Generation) -> str:
+    """``bfloat16 on cuda, 8 ranks``."""
+    shared = "" if result.ranks == 1 else f", {result.ranks} ranks"
+    return f"{result.dtype} on {result.device}{shared}"
+
+
 def render_many(results: Sequence[Generation]) -> str:
     """One line for a terminal on prompts that shared passes."""
     first, last = results[0], results[-1]
@@ -113,7 +123,7 @@ def render_many(results: Sequence[Generation]) -> str:
     slowest = max(results, key=lambda result: len(result.token_ids))
     took = f"first tokens after {human_seconds(first.prefill_s)}{render_rate(slowest.tokens_per_s)} for each prompt"
     read = f"{human_bytes(last.bytes_read)} read{render_hits(last.cache)}"
-    return f"[{tokens}, {made}; {took}; {read}; {last.dtype} on {last.device}]"
+    return f"[{tokens}, {made}; {took}; {read}; {render_place(last)}]"
 
 
 @dataclass
@@ -430,10 +440,11 @@ class Runtime:
             stopped_by=run.stopped_by or "length",
             prefill_s=run.times[0] - started,
             decode_s=run.times[-1] - run.times[0],
-            bytes_read=self.weights.bytes_read,
+            bytes_read=sum(self.ranks.everybodys(self.weights.bytes_read)),
             device=self.weights.device.type,
             dtype=_name(self.weights.dtype),
             cache=self.weights.cache_use.since(before),
+            ranks=self.ranks.size,
         )
 
     def _generate_together(self, runs: list[_Run], progress: bool) -> list[Generation]:
