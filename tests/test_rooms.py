@@ -26,6 +26,7 @@ ORDER = (
     ("smoke",),
     ("hub",),
     ("workspace",),
+    ("cluster",),
     ("examine", "sizing"),
     ("manifests.pico",),  # its training and evaluation: imported by nothing
     ("quantization",),
@@ -48,6 +49,7 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 LIGHT = (
     "weightkit",
     "weightkit.checkpoint",
+    "weightkit.cluster",
     "weightkit.family",
     "weightkit.layouts",
     "weightkit.transforms",
@@ -58,7 +60,7 @@ LIGHT = (
     "weightkit.writer",
     "weightkit.cli",
 )
-HEAVY = {"torch", "numba", "triton", "transformers", "tokenizers"}
+HEAVY = {"torch", "numba", "triton", "transformers", "tokenizers", "ray"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

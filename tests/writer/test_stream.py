@@ -134,3 +134,18 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         AppendStream(tmp_path / "out", 10)
     assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+
+
+def test_a_second_writer_of_the_same_bytes_changes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a worker that was taken for dead: the file may be whole and in its place when it goes on."""
+    data = content(3 * BUFFER + 100)
+    late = AppendStream(tmp_path / "partial", len(data))
+    late.append(data[: BUFFER + 50])
+    first = AppendStream(tmp_path / "partial", len(data))
+    first.append(data)
+    first.finish()
+    (tmp_path / "partial").rename(tmp_path / "whole")
+    monkeypatch.setattr(os, "ftruncate", lambda file, size: None)  # as it is just before the end of finish
+    late.append(data[BUFFER + 50 :])
+    late.finish()
+    assert (tmp_path / "whole").read_bytes() == data.tobytes()

@@ -16,6 +16,7 @@ from weightkit.workspace import DEFAULT_MODEL
 if TYPE_CHECKING:
     from weightkit.checkpoint import Checkpoint
     from weightkit.layouts import FileSet
+    from weightkit.writer import Executor
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -61,6 +62,28 @@ device_option = click.option(
 jobs_option = click.option(
     "--jobs", type=click.IntRange(min=1), help="Files in work at once.  [default: cores, at most 8]"
 )
+#: Where a command's files are worked on: ``executor`` and ``address``, which ``require_executor`` checks.
+executor_options = _chain(
+    click.option(
+        "--executor",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Work here, or on the nodes of a Ray cluster; --jobs is then of each node.",
+    ),
+    click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Head of the Ray cluster; `local` starts one here.  [default: RAY_ADDRESS, or what runs here]",
+    ),
+)
+
+
+def require_executor(executor: str, address: str | None) -> None:
+    """Refuse an address that would not be used."""
+    if address is not None and executor != "ray":
+        raise click.UsageError("--address needs --executor ray.")
+
 
 #: What a command takes that makes one checkpoint from another; it gets a ``Conversion`` as ``run``.
 conversion_options = _chain(
@@ -70,6 +93,7 @@ conversion_options = _chain(
     config_option,
     click.option("--dry-run", is_flag=True, help="Print the plan and its cost; write nothing."),
     jobs_option,
+    executor_options,
     device_option,
     click.option("--force", is_flag=True, help="Replace what an earlier run left in DST."),
     json_option,
@@ -89,12 +113,17 @@ class Conversion:
     config: Path | None
     dry_run: bool
     jobs: int | None
+    executor: str
+    address: str | None
     device: str
     force: bool
     as_json: bool
     verbose: bool
     quiet: bool
     debug: bool
+
+    def __post_init__(self) -> None:
+        require_executor(self.executor, self.address)
 
     def open(self, default: Callable[[str], Path] | None = None) -> Checkpoint:
         """The source: SRC, or what ``default`` finds in the workspace."""
@@ -119,9 +148,21 @@ class Conversion:
             click.echo(json.dumps(summary.to_json()) if self.as_json else summary.render())
         if self.dry_run:
             return
-        engine = choose_engine(self.device) if plan.computed_tensors else None  # type: ignore[arg-type]
-        written = execute(plan, jobs=self.jobs, engine=engine, progress=not self.quiet, force=self.force)
+        engine, executor = None, self._executor()
+        if plan.computed_tensors and executor is None:
+            engine = choose_engine(self.device)  # type: ignore[arg-type]
+        written = execute(
+            plan, jobs=self.jobs, engine=engine, executor=executor, progress=not self.quiet, force=self.force
+        )
         if self.as_json:
             click.echo(json.dumps(written.to_json()))
         elif not self.quiet:
             click.echo(written.render())
+
+    def _executor(self) -> Executor | None:
+        """None for this process."""
+        if self.executor == "local":
+            return None
+        from weightkit.cluster import RayExecutor
+
+        return RayExecutor(self.address, jobs=self.jobs, device=self.device)  # type: ignore[arg-type]

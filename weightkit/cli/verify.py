@@ -11,10 +11,12 @@ from weightkit.cli.options import (
     PATH,
     config_option,
     debug_option,
+    executor_options,
     jobs_option,
     json_option,
     model_option,
     quiet_option,
+    require_executor,
 )
 
 
@@ -25,6 +27,7 @@ from weightkit.cli.options import (
 @click.option("--quick", is_flag=True, help="Read headers only: no checksums.")
 @click.option("--values", is_flag=True, help="Look at every weight and scale for NaN, Inf and bad scales.")
 @jobs_option
+@executor_options
 @json_option
 @quiet_option
 @debug_option
@@ -37,6 +40,8 @@ def command(
     quick: bool,
     values: bool,
     jobs: int | None,
+    executor: str,
+    address: str | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -51,6 +56,12 @@ def command(
     from weightkit.examine import verify
     from weightkit.workspace import source
 
+    require_executor(executor, address)
+    readers = None
+    if executor == "ray":
+        from weightkit.cluster import RayReaders
+
+        readers = RayReaders(address, jobs=jobs)
     report = verify(
         path or source(model),
         config=config,
@@ -58,6 +69,7 @@ def command(
         quick=quick,
         values=values,
         jobs=jobs,
+        readers=readers,
         progress=not quiet,
     )
     if as_json:

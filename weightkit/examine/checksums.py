@@ -93,7 +93,13 @@ class Sha256:
 
     def __init__(self, path: Path, locked: LockedFile, source: str) -> None:
         self._path, self._locked, self._source = path, locked, source
-        self._digest = hashlib.sha256()
+        self._begun: hashlib._Hash | None = None  # does not travel between processes, so it is made where it is fed
+
+    @property
+    def _digest(self) -> hashlib._Hash:
+        if self._begun is None:
+            self._begun = hashlib.sha256()
+        return self._begun
 
     def feed(self, offset: int, chunk: Bytes) -> None:
         self._digest.update(chunk.data)

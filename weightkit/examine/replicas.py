@@ -18,20 +18,30 @@ class Digests:
     def __init__(self, header: Header, names: frozenset[str]) -> None:
         self._pieces = Pieces(header)
         self._names = names
-        self._digests = {name: hashlib.sha256() for name in names}
-        self.complete = False
+        self._digests: dict[str, hashlib._Hash] = {}
+        self._values: Mapping[str, bytes] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the file was read to its end."""
+        return self._values is not None
 
     def feed(self, offset: int, chunk: Bytes) -> None:
         for entry, _, piece in self._pieces.of(offset, chunk):
             if entry.name in self._names:
-                self._digests[entry.name].update(piece.data)
+                self._digests.setdefault(entry.name, hashlib.sha256()).update(piece.data)
 
     def finish(self) -> Sequence[WeightkitError]:
-        self.complete = True
+        begun, empty = self._digests, hashlib.sha256()
+        self._values = {name: begun.get(name, empty).digest() for name in self._names}
         return ()
 
     def values(self) -> Mapping[str, bytes]:
-        return {name: digest.digest() for name, digest in self._digests.items()}
+        return self._values or {}
+
+    def adopt(self, values: Mapping[str, bytes]) -> None:
+        """Take over what another process found in the file."""
+        self._values = values
 
 
 class Replicas(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ CHUNK_BYTES = 4 << 20
 
 
 class Consumer(Protocol):
-    """What is done with a file's bytes."""
+    """What is done with a file's bytes. Before the first of them it can be sent to another process, which feeds it."""
 
     def feed(self, offset: int, chunk: Bytes) -> None:
         """The bytes at ``offset`` of the file; the array is overwritten afterwards."""
@@ -59,6 +59,14 @@ class Reading:
         return sum(stop - start for start, stop in self.spans)
 
 
+class Readers(Protocol):
+    """Who reads files, other than threads of this process."""
+
+    def read_all(self, readings: Sequence[Reading], *, desc: str, progress: bool) -> list[WeightkitError]:
+        """As ``read_all``. What consumers hold comes back only from those that have an ``adopt``."""
+        ...
+
+
 def read_all(readings: Sequence[Reading], *, jobs: int | None, desc: str, progress: bool) -> list[WeightkitError]:
     """Feed every file to its consumers, largest first; what they and the reading itself found, in the order given.
 
@@ -69,13 +77,9 @@ def read_all(readings: Sequence[Reading], *, jobs: int | None, desc: str, progre
 
     def work(reading: Reading) -> list[WeightkitError]:
         try:
-            _read(reading, bar, stop)
-        except WeightkitError as problem:
-            return [problem]
-        except OSError as exc:
-            return [FormatError(f"cannot be read ({exc.strerror})", where=reading.path)]
-        bar.part_done()
-        return [problem for consumer in reading.consumers for problem in consumer.finish()]
+            return read_one(reading, bar.add, stop)
+        finally:
+            bar.part_done()
 
     order = sorted(range(len(readings)), key=lambda number: -readings[number].size_bytes)
     with bar, ThreadPoolExecutor(jobs or default_jobs()) as pool:
@@ -90,7 +94,22 @@ def read_all(readings: Sequence[Reading], *, jobs: int | None, desc: str, progre
         return [problem for number in range(len(readings)) for problem in futures[number].result()]
 
 
-def _read(reading: Reading, bar: Progress, stop: threading.Event) -> None:
+def read_one(reading: Reading, count: Callable[[int], None], stop: threading.Event) -> list[WeightkitError]:
+    """Feed a file to its consumers. What they and the reading itself found; once ``stop`` is set, nothing of use.
+
+    Args:
+        count: is told the bytes of each chunk.
+    """
+    try:
+        _read(reading, count, stop)
+    except WeightkitError as problem:
+        return [problem]
+    except OSError as exc:
+        return [FormatError(f"cannot be read ({exc.strerror})", where=reading.path)]
+    return [problem for consumer in reading.consumers for problem in consumer.finish()]
+
+
+def _read(reading: Reading, count: Callable[[int], None], stop: threading.Event) -> None:
     file = os.open(reading.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -102,7 +121,7 @@ def _read(reading: Reading, bar: Progress, stop: threading.Event) -> None:
             _fill(file, offset, chunk, reading.path)
             for consumer in reading.consumers:
                 consumer.feed(offset, chunk)
-            bar.add(length)
+            count(length)
     finally:
         os.close(file)
 

@@ -23,7 +23,7 @@ from weightkit.examine.gptq_values import IntegerScan, wishes
 from weightkit.examine.replicas import Digests, Replicas, spans_of
 from weightkit.examine.report import Check, Report
 from weightkit.examine.sides import side_problems
-from weightkit.examine.stream import Consumer, Reading, read_all
+from weightkit.examine.stream import Consumer, Readers, Reading, read_all
 from weightkit.examine.survey import Survey, attempt, survey
 from weightkit.examine.tensors import partner_problems, published_names, published_or_none, replicated, tensor_problems
 from weightkit.examine.values import ValueScan
@@ -42,6 +42,7 @@ def verify(
     quick: bool = False,
     values: bool = False,
     jobs: int | None = None,
+    readers: Readers | None = None,
     progress: bool = True,
 ) -> Report:
     """Verify a checkpoint in any layout; never stops at the first problem, and changes nothing.
@@ -58,6 +59,7 @@ def verify(
         values: look at every weight and scale for NaN, Inf and scales that are not positive; of GPTQ at group numbers
             and zero points too.
         jobs: files read at once; default the usable cores.
+        readers: who reads the files' data; default this process.
         progress: show a bar while tensor data is read.
 
     Raises:
@@ -72,7 +74,7 @@ def verify(
     run.check_tensors()
     run.check_manifest()
     run.check_sides()
-    run.check_data(quick=quick, values=values, jobs=jobs, progress=progress)
+    run.check_data(quick=quick, values=values, jobs=jobs, readers=readers, progress=progress)
     return run.report(time.monotonic() - started)
 
 
@@ -225,7 +227,9 @@ class _Run:
         self.notes += notes
         self._did("side files", "code named by auto_map, JSON files")
 
-    def check_data(self, *, quick: bool, values: bool, jobs: int | None, progress: bool) -> None:
+    def check_data(
+        self, *, quick: bool, values: bool, jobs: int | None, readers: Readers | None, progress: bool
+    ) -> None:
         """What needs the files' bytes: checksums, values, replicas; each file is read once for all of them."""
         known, problems = known_files(self.survey, self.manifest)
         self.problems += problems
@@ -234,7 +238,11 @@ class _Run:
         hashed = [] if quick else intact
         replicas = self._replicas(quick=quick)
         readings = self._readings(known, hashed, replicas, values=values)
-        self.problems += read_all(readings, jobs=jobs, desc="verify", progress=progress and bool(readings))
+        shown = progress and bool(readings)
+        if readers is None:
+            self.problems += read_all(readings, jobs=jobs, desc="verify", progress=shown)
+        elif readings:
+            self.problems += readers.read_all(readings, desc="verify", progress=shown)
         if replicas is not None:
             self.problems += replicas.problems()
             self._did("replicas", f"{len(replicas.names):,} tensors, the same bytes on {len(replicas.by_file)} ranks")

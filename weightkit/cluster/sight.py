@@ -1,0 +1,38 @@
+"""Whether a node sees what the process that started the work sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import weightkit
+from weightkit.checkpoint.stamp import Stamp, stamp_file
+from weightkit.errors import ClusterError, MissingFileError
+
+SHARE = "Source and target must lie on a filesystem that all nodes share, under the same paths."
+
+
+def is_local(path: str) -> bool:
+    """Whether it is a file's path, and no address."""
+    return "://" not in path
+
+
+def require_version(version: str) -> None:
+    """Raise ``ClusterError`` where this is another weightkit: its bytes may be others."""
+    if weightkit.__version__ != version:
+        raise ClusterError("another version of weightkit", expected=version, found=weightkit.__version__)
+
+
+def require_seen(stamps: Mapping[str, Stamp]) -> None:
+    """Raise ``ClusterError`` for the first file that is not there, or is another."""
+    for path, stamp in stamps.items():
+        found: object = stamp
+        if is_local(path):
+            try:
+                found = stamp_file(Path(path))
+            except MissingFileError:
+                found = "no such file"
+            except OSError as exc:
+                found = exc.strerror
+        if found != stamp:
+            raise ClusterError("this node does not see the source", where=path, expected=stamp, found=found, fix=SHARE)
