@@ -15,6 +15,7 @@ from pathlib import Path
 
 from weightkit import manifests
 from weightkit.errors import NotACheckpointError
+from weightkit.remote.address import address_of, title_of
 
 DEFAULT_MODEL = "deepseek-v3"
 
@@ -69,10 +70,13 @@ def sharded_source(model: str) -> Path:
 
 
 def target(model: str, src: Path | None, form: Sequence[str]) -> Path:
-    """Where a result goes that is named by no one: ``form`` in the workspace, or beside an explicit source's folder."""
+    """Where a result goes that is named by no one: ``form`` in the workspace, or beside an explicit source's folder; of
+    one at an address, in the current folder."""
     name = "-".join(form)
     if src is None:
         return model_folder(model) / name
+    if address_of(src) is not None:
+        return Path(f"{title_of(src.parent if src.suffix == '.safetensors' else src)}-{name}")
     folder = src.parent if src.is_file() else src
     folder = folder.resolve() if folder.name == ".." else folder.absolute()
     return folder.with_name(f"{folder.name}-{name}")

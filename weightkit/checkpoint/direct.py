@@ -18,6 +18,7 @@ import numpy as np
 
 from weightkit.checkpoint.reading import Bytes, Reader
 from weightkit.checkpoint.stamp import Stamp
+from weightkit.remote.address import is_address
 
 #: Offsets, lengths and memory of direct reads are multiples of this.
 ALIGNMENT = 4096
@@ -54,7 +55,7 @@ class DirectReader(Reader):
 
     def read_range(self, path: str, offset: int, out: Bytes) -> None:
         """See ``Reader.read_range``."""
-        if len(out) < SMALLEST_BYTES:
+        if len(out) < SMALLEST_BYTES or is_address(path):
             super().read_range(path, offset, out)
             return
         done = self._read_direct(path, offset, out)
@@ -67,7 +68,7 @@ class DirectReader(Reader):
 
     def is_direct(self, path: str) -> bool:
         """Whether the file is read past the page cache."""
-        return self._direct_file(path) is not None
+        return not is_address(path) and self._direct_file(path) is not None
 
     def _read_direct(self, path: str, offset: int, out: Bytes) -> int:
         """Fill ``out`` from its start by aligned reads; the bytes that are filled."""
@@ -169,7 +170,7 @@ def _read_somewhere(
     size = ends[which] - (ends[which - 1] if which else 0)
     offset = draw.randrange(max(1, size - len(buffer)))
     out = buffer[: min(len(buffer), size - offset)]
-    if not reader.is_direct(paths[which]):
+    if not is_address(paths[which]) and not reader.is_direct(paths[which]):
         _forget(reader._open(paths[which]), offset, len(out))
     reader.read_range(paths[which], offset, out)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.errors import FormatError
+from weightkit.remote.path import is_remote
 
 CONFIG_NAME = "config.json"
 LOCK_NAME = "weightkit.lock.json"
@@ -93,6 +94,8 @@ def require_inside(folder: Path, path: Path) -> None:
 
     The hub client's cache is a known exception: its snapshots link into ``blobs`` of the same repository.
     """
+    if is_remote(folder):
+        return  # it has no links
     real, roots = Path(os.path.realpath(path)), [Path(os.path.realpath(folder))]
     if folder.absolute().parent.name == "snapshots":
         roots.append(Path(os.path.realpath(folder.absolute().parent.parent / "blobs")))

@@ -40,8 +40,11 @@ from typing import TypeGuard
 from weightkit.checkpoint.dtypes import DTYPE_BITS, size_bytes
 from weightkit.checkpoint.json_file import repeated_key
 from weightkit.errors import HeaderError, MissingFileError
+from weightkit.remote.path import RemotePath
 
 MAX_HEADER_BYTES = 100_000_000
+#: Read at once of a remote file: all of most headers.
+FIRST_BYTES = 256 << 10
 #: {file {entry [shape: no valid header is deeper.
 MAX_DEPTH = 3
 #: Sizes and offsets beyond this are no real file's; it keeps products in range.
@@ -135,39 +138,59 @@ def read_header(path: Path) -> Header:
     Raises:
         MissingFileError: there is no such file.
         HeaderError: one of its subclasses names the defect, with the tensor it concerns.
+        HubError, SourceChangedError: of a remote file, which cannot be read, or is another by now.
     """
+    if isinstance(path, RemotePath):
+        return _read_remote_header(path)
     try:
         if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise HeaderError("not a regular file", where=path)
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise HeaderLengthError(
-                    "too short for a safetensors file", where=path, expected="at least 10 bytes", found=file_size
-                )
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_BYTES:
-                raise HeaderLengthError(
-                    "header length over the format's limit",
-                    where=path,
-                    expected=f"at most {MAX_HEADER_BYTES:,}",
-                    found=f"{length:,}",
-                )
-            if 8 + length > file_size:
-                raise HeaderLengthError(
-                    "the header ends after the file",
-                    where=path,
-                    expected=f"{8 + length:,} bytes or more",
-                    found=f"{file_size:,}",
-                    fix="Fetch the file again.",
-                )
-            raw = file.read(length)
+            raw = file.read(_header_length(file.read(8), file_size, path))
     except FileNotFoundError as exc:
         raise MissingFileError("no such file", where=path) from exc
     except OSError as exc:
         raise HeaderError(f"cannot be read ({exc.strerror})", where=path) from exc
     return parse_header(raw, file_size, path)
+
+
+def _read_remote_header(path: RemotePath) -> Header:
+    """By one or two ranges."""
+    entry = path.entry
+    if entry is None:
+        raise MissingFileError("no such file", where=path)
+    first = path.read_range(0, min(FIRST_BYTES, entry.size_bytes))
+    length = _header_length(first[:8], entry.size_bytes, path)
+    raw = first[8 : 8 + length]
+    if len(raw) < length:
+        raw += path.read_range(len(first), 8 + length)
+    return parse_header(raw, entry.size_bytes, path)
+
+
+def _header_length(prefix: bytes, file_size: int, path: Path) -> int:
+    """The length of the JSON, by the first 8 bytes of a file."""
+    if len(prefix) < 8:
+        raise HeaderLengthError(
+            "too short for a safetensors file", where=path, expected="at least 10 bytes", found=file_size
+        )
+    length: int = struct.unpack("<Q", prefix)[0]
+    if length > MAX_HEADER_BYTES:
+        raise HeaderLengthError(
+            "header length over the format's limit",
+            where=path,
+            expected=f"at most {MAX_HEADER_BYTES:,}",
+            found=f"{length:,}",
+        )
+    if 8 + length > file_size:
+        raise HeaderLengthError(
+            "the header ends after the file",
+            where=path,
+            expected=f"{8 + length:,} bytes or more",
+            found=f"{file_size:,}",
+            fix="Fetch the file again.",
+        )
+    return length
 
 
 def parse_header(raw: bytes, file_size: int, where: object) -> Header:

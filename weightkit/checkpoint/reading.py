@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from weightkit.checkpoint.copies import Copy, copies
-from weightkit.checkpoint.stamp import Stamp
+from weightkit.checkpoint.stamp import Stamp, stamp_file
 from weightkit.checkpoint.tensors import LazyTensor, size_bytes
 from weightkit.errors import FormatError, MissingFileError, SourceChangedError
+from weightkit.remote.address import is_address
+from weightkit.remote.path import RemotePath
+from weightkit.remote.ranges import RemoteFiles
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -26,7 +29,7 @@ LARGE_BYTES = 1 << 20
 
 
 class Reader:
-    """Positioned reads from files that are opened once. Threads may share it.
+    """Positioned reads from files that are opened once, and from remote ones. Threads may share it.
 
     Args:
         stamps: for each file the stamp that it must have when opened; files that are not in it are not checked.
@@ -41,6 +44,8 @@ class Reader:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
+        self._remote: RemoteFiles | None = None
+        self._stop = threading.Event()
         self.bytes_read = 0
 
     def __enter__(self) -> Reader:
@@ -54,10 +59,27 @@ class Reader:
             for file in self._files.values():
                 os.close(file)
             self._files.clear()
+            remote, self._remote = self._remote, None
+        if remote is not None:
+            remote.close()
+
+    def stop(self) -> None:
+        """End the waits of all reads of remote files; they raise ``Interrupted``."""
+        self._stop.set()
 
     def read_range(self, path: str, offset: int, out: Bytes) -> None:
-        """Fill ``out`` (contiguous) from byte ``offset`` of a file. Raises ``FormatError`` where the file ends early or
-        cannot be read."""
+        """Fill ``out`` (contiguous) from byte ``offset`` of a file.
+
+        Raises:
+            FormatError: the file ends early or cannot be read.
+            SourceChangedError: it is not what its stamp says.
+            HubError: a remote file cannot be had.
+        """
+        if is_address(path):
+            self._read_remote(path, offset, out)
+            with self._lock:
+                self.bytes_read += len(out)
+            return
         file, done, view = self._open(path), 0, out.data
         if self._ahead_bytes and len(view) >= LARGE_BYTES:
             _fetch(file, offset + len(view), self._ahead_bytes)
@@ -88,7 +110,7 @@ class Reader:
         )
         if copy.stride == copy.run_bytes == copy.out_stride:
             self.read_range(copy.path, copy.offset, out[copy.out_offset : end])
-        elif copy.run_bytes >= copy.stride * DENSE:
+        elif copy.run_bytes >= copy.stride * DENSE or is_address(copy.path):  # a request a row would take forever
             self._read_covering(copy, rows)
         else:
             for row in range(copy.rows):
@@ -101,6 +123,20 @@ class Reader:
         for copy in copies(tensor):
             self.read_copy(copy, out)
         return out
+
+    def _read_remote(self, address: str, offset: int, out: Bytes) -> None:
+        stamp = self._stamps.get(address)
+        if stamp is None:
+            stamp = stamp_file(RemotePath(address))
+        if offset + len(out) > stamp.size_bytes:
+            raise _ends_early(address, offset + len(out), stamp.size_bytes)
+        self._remote_files().read(address, stamp.version, offset, out.data)
+
+    def _remote_files(self) -> RemoteFiles:
+        with self._lock:
+            if self._remote is None:
+                self._remote = RemoteFiles(stop=self._stop)
+            return self._remote
 
     def _read_covering(self, copy: Copy, rows: Bytes) -> None:
         """Read runs and the gaps between them in large pieces; keep the runs."""
@@ -145,6 +181,10 @@ class Reader:
                 )
             self._files[path] = file
             return file
+
+
+def _ends_early(path: str, needed: int, size: int) -> FormatError:
+    return FormatError("the file ends early", where=path, expected=f"{needed:,} bytes", found=f"{size:,}")
 
 
 def _unreadable(path: str, error: OSError) -> FormatError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from weightkit.checkpoint import INDEX_NAME, Checkpoint
 from weightkit.checkpoint.folder import CONFIG_NAME
 from weightkit.checkpoint.json_file import read_json_object
+from weightkit.checkpoint.remote import locate
 from weightkit.durable import STATE_DIR
 from weightkit.errors import ConfigError, FormatError, NotACheckpointError
 from weightkit.layouts.published import SINGLE_NAME, open_published, open_single
@@ -23,7 +24,8 @@ def open_checkpoint(
     """Open a checkpoint in any layout. Headers are read, tensor data is not.
 
     Args:
-        path: a folder in the published layout or of rank files, or one safetensors file.
+        path: a folder in the published layout or of rank files, or one safetensors file; here, or at an address
+            (``hf://owner/name[@revision]``, ``s3://bucket/folder``, ``https://host/folder``).
         config: the model's ``config.json`` (a path or its content) where the folder has none.
         replicas_of: of rank files, the rank whose file what all of them hold is read from.
 
@@ -31,8 +33,9 @@ def open_checkpoint(
         NotACheckpointError: nothing recognisable at the path; says what was found.
         CheckpointError, FormatError: files are missing, damaged or contradict each other; all problems at once.
         ConfigError: no config, or a broken one.
+        HubError: an address that nothing can be had from; says why.
     """
-    path = Path(path)
+    path = locate(path)
     if path.is_file() and path.suffix == ".safetensors":
         return open_single(path, _config(path.parent, config))
     if not path.is_dir():

@@ -64,7 +64,7 @@ class Journal:
         self._file = self._path.open("ab")
         self._file.truncate(history.size_bytes if history is not None else 0)
         if history is None:
-            stamps = {name: [stamp.size_bytes, stamp.mtime_ns] for name, stamp in sources.items()}
+            stamps = {name: stamp.to_list() for name, stamp in sources.items()}
             self._append({"plan": plan_hash, "sources": stamps, "files": list(names)})
             sync_folder(folder)
             sync_folder(target)
@@ -111,7 +111,7 @@ def read_history(target: Path) -> History | None:
 def _read_first(line: bytes) -> History | None:
     try:
         head = json.loads(line)
-        sources = {name: Stamp(int(size), int(mtime)) for name, (size, mtime) in head["sources"].items()}
+        sources = {name: Stamp.from_list(values) for name, values in head["sources"].items()}
         names = tuple(head["files"])
         valid = isinstance(head["plan"], str) and all(
             isinstance(name, str) and is_relative_path(name) for name in names

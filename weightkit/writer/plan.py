@@ -30,6 +30,7 @@ from weightkit.checkpoint.tensors import (
 from weightkit.durable import PARTIAL, STATE_DIR
 from weightkit.errors import PlanError, TargetError
 from weightkit.layouts import FileSet
+from weightkit.remote.path import as_path, is_remote
 
 #: Loaders (transformers among them) refuse files without it.
 METADATA = {"format": "pt"}
@@ -95,7 +96,7 @@ class Plan:
 
     def _lines(self) -> list[object]:
         paths = {path: str(number) for number, path in enumerate(self.stamps)}
-        sources = [[Path(path).name, stamp.size_bytes, stamp.mtime_ns] for path, stamp in self.stamps.items()]
+        sources = [[Path(path).name, *stamp.to_list()] for path, stamp in self.stamps.items()]
         sides = {name: _sha256(file) for name, file in sorted(self.side_files.items())}
         lines: list[object] = [["weightkit plan", 1], sources, sides]
         for file in self.files:
@@ -141,7 +142,7 @@ def make_plan(files: FileSet, target: str | Path) -> Plan:
         TargetError: the target is the source, or one lies inside the other.
     """
     target = Path(target)
-    _require_apart(target, Path(files.root))
+    _require_apart(target, as_path(files.root))
     if not files.files:
         raise PlanError("there is nothing to write")
     _require_names(list(files.files), [*files.side_files, *([INDEX_NAME] if files.index else [])])
@@ -170,6 +171,8 @@ def _planned_file(name: str, tensors: Mapping[str, LazyTensor]) -> PlannedFile:
 
 
 def _require_apart(target: Path, root: Path) -> None:
+    if is_remote(root):
+        return
     source = (root if root.is_dir() else root.parent).resolve()
     resolved = target.resolve()
     if resolved == source or source in resolved.parents or resolved in source.parents:
