@@ -96,7 +96,8 @@ def working_bytes(
     a_head = itemsize * (2 * arch.qk_head_dim + arch.qk_nope_head_dim + 2 * arch.v_head_dim + 2 * widest)
     expanded = min(PREFILL_SIZE_BYTES, chunk * heads * a_head) + chunk * heads * widest * 2 * itemsize
     scores = 3 * min(SCORES_SIZE_BYTES, 4 * heads * chunk * tokens)
-    attention = sizes.attention + max(expanded, scores) + 4 * chunk * hidden * itemsize
+    held = sizes.attention if sequences > 1 or tokens > chunk else 0  # else one matrix after the other
+    attention = held + max(expanded, scores) + 4 * chunk * hidden * itemsize
     inner = max(arch.intermediate_size, arch.moe_intermediate_size * max(1, arch.n_shared_experts))
     feed = min(tokens, FEED_TOKENS) * (hidden * (8 + 4 * itemsize) + 2 * inner * itemsize)
     return kept + max(attention, feed) + 2 * sizes.largest_dense

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class Loader:
         self.reader = reader
         self.engine = engine
         self.device = device
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def load(self, lazy: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in a float ``dtype``, in memory of its own on the device."""
@@ -54,13 +56,32 @@ class Loader:
         """The bytes of the dense tensor, in host memory; the same thread's next call may overwrite them."""
         return evaluate(lazy, self.reader, self.engine)
 
+    def scratch(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Memory for a dequantized weight, which the next call hands out again; for the computing thread alone.
+
+        None on a GPU, where memory costs nothing. On a CPU the pages of a fresh matrix cost more than filling it.
+        """
+        if self.device.type == "cuda":
+            return None
+        count = prod(shape) * dtype.itemsize
+        if self._scratch.numel() < count:
+            with torch.inference_mode(False):
+                self._scratch = torch.empty(count, dtype=torch.uint8)
+        return self._scratch[:count].view(dtype).view(*shape)
+
     def dequantize(
-        self, lazy: Dequantized, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+        self,
+        lazy: Dequantized,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """An FP8 weight in ``dtype``, in memory of its own, from its ``codes`` and ``scale``: flat U8, on one device.
 
         Args:
             lazy: says its shapes, and the dtype that it is rounded to first.
+            out: where to put it, on a CPU; None for new memory.
         """
         if codes.is_cuda:
             from weightkit.kernels.fp8_dequant import dequant
@@ -69,10 +90,14 @@ class Loader:
             return dequant(codes.view(lazy.weight.shape), scales, torch_dtype(lazy.dtype)).to(dtype)
         scales_array = scale.numpy().view(np.float32).reshape(lazy.scale.shape)
         values = self.engine.dequantize(codes.numpy().reshape(lazy.weight.shape), scales_array, lazy.dtype)
-        return self._own(values, lazy, dtype)
+        return self._own(values, lazy, dtype, out)
 
     def dequantize_groups(
-        self, lazy: GroupDequantized, stored: Sequence[torch.Tensor], dtype: torch.dtype
+        self,
+        lazy: GroupDequantized,
+        stored: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A GPTQ weight from ``qweight``, ``qzeros``, ``scales`` and ``g_idx`` in memory; as ``dequantize``."""
         kinds = (torch.int32, torch.int32, torch.float16, torch.int32)
@@ -88,7 +113,7 @@ class Loader:
         packed = PackedWeight(
             qweight.numpy(), qzeros.numpy(), scales.numpy(), g_idx.numpy(), lazy.bits, lazy.zero_offset
         )
-        return self._own(self.engine.dequantize_groups(packed, lazy.dtype), lazy, dtype)
+        return self._own(self.engine.dequantize_groups(packed, lazy.dtype), lazy, dtype, out)
 
     def _evaluate(self, lazy: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of its own memory on the device."""
@@ -98,10 +123,12 @@ class Loader:
             return self._dequantize_groups_on_gpu(lazy, dtype)
         return self._own(evaluate(lazy, self.reader, self.engine), lazy, dtype)
 
-    def _own(self, values: Bytes, lazy: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
+    def _own(
+        self, values: Bytes, lazy: LazyTensor, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scratch bytes of the dense tensor as a tensor of its own memory on the device."""
         held = torch.from_numpy(values).view(torch_dtype(lazy.dtype)).view(lazy.shape)
-        return held.to(self.device, dtype, copy=True)
+        return held.to(self.device, dtype, copy=True) if out is None else out.copy_(held)
 
     def _dequantize_on_gpu(self, lazy: Dequantized, dtype: torch.dtype) -> torch.Tensor:
         """FP8 codes cross the bus, not the wider result."""

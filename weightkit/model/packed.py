@@ -78,24 +78,29 @@ class Packed:
 
         Here is the place for kernels that multiply without dequantizing: ``stored`` gives them codes and scales.
         """
-        return torch.nn.functional.linear(x, self.dense(buffer, x.dtype, loader))
+        scratch = loader.scratch(self.lazy.shape, x.dtype)
+        return torch.nn.functional.linear(x, self.dense(buffer, x.dtype, loader, scratch))
 
     def own(self, buffer: torch.Tensor, dtype: torch.dtype, loader: Loader) -> torch.Tensor:
         """As ``dense``, in memory of its own in any case."""
         found = self.dense(buffer, dtype, loader)
         return found.clone() if found.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() else found
 
-    def dense(self, buffer: torch.Tensor, dtype: torch.dtype, loader: Loader) -> torch.Tensor:
+    def dense(
+        self, buffer: torch.Tensor, dtype: torch.dtype, loader: Loader, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The weight in a float ``dtype``, on the device of ``buffer`` [size_bytes] U8. It may be a view of the buffer.
 
-        An FP8 or GPTQ weight is rounded once to the dtype that the config names, then cast.
+        An FP8 or GPTQ weight is rounded once to the dtype that the config names, then cast. ``out``: where to put it,
+        on a CPU, if it is no such view.
         """
         stored = self.stored(buffer)
         if isinstance(self.lazy, Dequantized) and len(stored) == 2:
-            return loader.dequantize(self.lazy, stored[0], stored[1], dtype)
+            return loader.dequantize(self.lazy, stored[0], stored[1], dtype, out)
         if isinstance(self.lazy, GroupDequantized) and len(stored) == 4:
-            return loader.dequantize_groups(self.lazy, stored, dtype)
-        return stored[0].view(torch_dtype(self.lazy.dtype)).view(self.lazy.shape).to(dtype)
+            return loader.dequantize_groups(self.lazy, stored, dtype, out)
+        values = stored[0].view(torch_dtype(self.lazy.dtype)).view(self.lazy.shape)
+        return values.to(dtype) if out is None or values.dtype == dtype else out.copy_(values)
 
     def stored(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The parts, flat U8 views of the buffer: weight and scale; qweight, qzeros, scales, g_idx; or values."""
