@@ -41,8 +41,8 @@ from weightkit.cli.options import (
     help="rtn rounds to nearest, without calibration.",
 )
 @click.option("--calibration", type=PATH, help="Text, JSON lines or token ids.  [default: the manifest's]")
-@click.option("--samples", type=click.IntRange(min=1), default=512, show_default=True, help="Sequences of it.")
-@click.option("--seq-len", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens of each.")
+@click.option("--samples", type=click.IntRange(min=1), help="Sequences of it.  [default: 512, or the manifest's]")
+@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens of each.  [default: 4096, or the manifest's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of their choice.")
 @click.option(
     "--damping",
@@ -91,8 +91,8 @@ def command(
     scope: str,
     method: str,
     calibration: Path | None,
-    samples: int,
-    seq_len: int,
+    samples: int | None,
+    seq_len: int | None,
     seed: int,
     damping: float,
     order: str,
@@ -117,7 +117,7 @@ def command(
     torchrun --nproc-per-node 8 -m weightkit quantize
     """
     from weightkit.layouts import open_checkpoint
-    from weightkit.quantization.calibration import default_calibration
+    from weightkit.quantization.calibration import Size, default_calibration, default_size
     from weightkit.quantization.job import describe, prepare
     from weightkit.quantization.run import carry_out
     from weightkit.quantization.settings import Settings
@@ -134,15 +134,16 @@ def command(
         mtp=not no_mtp,
     )
     checkpoint = open_checkpoint(src or source(model), config=config)
+    usual = Size()
     if calibration is None and method == "gptq" and src is None:
-        calibration = default_calibration(model)
+        calibration, usual = default_calibration(model), default_size(model)
     job = prepare(
         checkpoint,
         dst or target(model, src, settings.form),
         settings,
         calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
+        samples=samples or usual.samples,
+        seq_len=seq_len or usual.seq_len,
         seed=seed,
         device=device,
         gpu_memory=gpu_memory,

@@ -116,6 +116,22 @@ def load_calibration(
     return Calibration(tokens, str(path), _digest(tokens), seed, used, found, kind)
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much of calibration data is taken: ``samples`` sequences of ``seq_len`` tokens."""
+
+    samples: int = 512
+    seq_len: int = 4096
+
+
+def default_size(model_name: str) -> Size:
+    """What suits a known model's calibration data. Raises ``PlanError`` where no such model is known."""
+    data, usual = manifests.load(model_name).calibration, Size()
+    if data is None:
+        return usual
+    return Size(data.samples or usual.samples, data.seq_len or usual.seq_len)
+
+
 def default_calibration(model_name: str) -> Path:
     """The calibration data that a known model's manifest names, where it ships with weightkit.
 
