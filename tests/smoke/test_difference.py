@@ -141,7 +141,7 @@ def test_nan_is_a_suspect_without_more(weight: torch.Tensor) -> None:
 def test_slices_that_are_small_beside_their_scale_are_not_judged() -> None:
     """One scale for a row with one large value rounds most of the others to zero: that is the format, not a defect."""
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(3))
-    weight[9, 200] = 40
+    weight[9, 200] = 100
     form = Format("I4", -1)
     other = round_to(weight, form)
     assert not other[9, :128].any()
