@@ -42,6 +42,7 @@ from weightkit.kernels.gemm_plan import (
     job_table,
     on_device,
     split_of,
+    stages_of,
 )
 
 BLOCK = 128
@@ -144,7 +145,7 @@ def _store(out, value, mask, KIND: tl.constexpr, HARDWARE: tl.constexpr):
     tl.store(out, bits, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "total_rows", "steps"])
+@triton.jit(do_not_specialize=["rows", "total_rows", "steps", "scale_columns"])
 def _matrix_kernel(
     x, x_scales, codes, scales, out, table, rows, total_rows, steps, N, K, scale_columns,
     TABLE: tl.constexpr, ALIGNED: tl.constexpr, W8A8: tl.constexpr, WHOLE: tl.constexpr,
@@ -418,14 +419,15 @@ def _launch(
     parts = out if split.parts == 1 else torch.empty((split.parts, rows, n), dtype=torch.float32, device=x.device)
     kind = KINDS[x.dtype]
     values, x_scales = quantize_activations(x) if w8a8 else (x, scales[0])
+    stages = stages_of(config, config.depth * (config.tokens * values.element_size() + config.columns), x.device)
     with on_device(x):
         _matrix_kernel[(tiles, split.parts)](
             values, x_scales, codes[0].view(torch.uint8), scales[0], parts.view(BITS_DTYPE[parts.dtype]),
             scales[0] if table is None else table, rows, rows, split.steps, n, inputs, scales[0].shape[1],
             TABLE=table is not None, ALIGNED=table is not None and inputs % 16 == 0 and aligned(codes, scales),
             WHOLE=inputs == split.parts * split.steps * config.depth,
-            OUT_KIND=KINDS[parts.dtype], STEPS=split.steps if interpreted() else 0, STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            OUT_KIND=KINDS[parts.dtype], STEPS=split.steps if interpreted() else 0, STAGES=stages,
+            num_warps=config.num_warps, num_stages=stages,
             **_options(kind, w8a8, _converts_fp8(x.device), config),
         )  # fmt: skip
         if split.parts > 1:

@@ -25,7 +25,8 @@ DEQUANT_TOKENS = 1024
 """From so many tokens on a weight is dequantized to memory first: the product costs many times as much."""
 
 PROGRAMS_A_PROCESSOR = 4
-"""Programs of a small tile that a multiprocessor holds at a time, and so the number that a launch aims at."""
+"""Programs of a small tile that a multiprocessor holds at a time, and so the number that a launch aims at; of a tile of
+many tokens, fewer, whose parts of a sum are also larger."""
 
 STEPS_A_PROGRAM = 4
 """A program that takes fewer steps than this along K spends its time on filling its pipeline."""
@@ -44,7 +45,7 @@ class TileConfig:
         depth: what a step takes along K, a power of two from 16: rows of words (int4), or inputs (FP8: up to 128).
         splits: programs that share K; 0: as many as fill the device.
         num_warps: warps a program.
-        num_stages: steps whose loads are under way at a time.
+        num_stages: steps whose loads are under way at a time, where so many fit the device.
         weights_left: weights are the left operand of a tile's product; Hopper's larger instructions want it so.
     """
 
@@ -69,9 +70,24 @@ def split_of(config: TileConfig, tiles: int, steps: int, device: torch.device) -
     """How to share ``steps`` along K where ``tiles`` programs work side by side anyhow."""
     wanted = config.splits
     if not wanted:
-        wanted = min(PROGRAMS_A_PROCESSOR * _processors(device) // max(tiles, 1), steps // STEPS_A_PROGRAM)
+        programs = max(1, min(PROGRAMS_A_PROCESSOR, 128 // config.tokens)) * _processors(device)
+        wanted = min(programs // max(tiles, 1), steps // STEPS_A_PROGRAM)
     each = triton.cdiv(steps, max(1, min(wanted, MOST_SPLITS, steps)))
     return Split(triton.cdiv(steps, each), each)
+
+
+def stages_of(config: TileConfig, step_bytes: int, device: torch.device) -> int:
+    """``config.num_stages``, or as many as fit the device's shared memory where a step takes ``step_bytes`` of it."""
+    return max(1, min(config.num_stages, _shared_bytes(device) // max(step_bytes, 1)))
+
+
+@lru_cache(maxsize=16)
+def _shared_bytes(device: torch.device) -> int:
+    """What a program may have: 227 KiB on Hopper, 163 on an A100, 99 on the smaller GPUs of both families."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 << 10))
 
 
 @lru_cache(maxsize=16)

@@ -45,6 +45,7 @@ from weightkit.kernels.gemm_plan import (
     job_table,
     on_device,
     split_of,
+    stages_of,
 )
 
 _ONE_GROUP_SHIFT = 31  # word rows shifted by this are 0: group_size -1
@@ -120,7 +121,7 @@ def _store(out, value, mask, KIND: tl.constexpr, HARDWARE: tl.constexpr):
     tl.store(out, bits, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "total_rows", "steps"])
+@triton.jit(do_not_specialize=["rows", "total_rows", "steps", "group_shift"])
 def _matrix_kernel(
     x, qweight, scales, out, table, rows, total_rows, steps, N, words, width, group_shift,
     TABLE: tl.constexpr, ALIGNED: tl.constexpr, ONE_GROUP: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
@@ -373,6 +374,9 @@ def _launch(
     tiles = triton.cdiv(n, config.columns) * token_tiles
     split = split_of(config, tiles, triton.cdiv(words, config.depth), x.device)
     parts = out if split.parts == 1 else torch.empty((split.parts, rows, n), dtype=torch.float32, device=x.device)
+    per_word = 32 // bits
+    step_bytes = config.depth * (config.tokens * per_word * x.element_size() + config.columns * 4)
+    stages = stages_of(config, step_bytes, x.device)
     arranged = _arranged(x, config.depth, split.parts * split.steps, bits)
     with on_device(x):
         _matrix_kernel[(tiles, split.parts)](
@@ -380,8 +384,8 @@ def _launch(
             qweights[0] if table is None else table, rows, rows, split.steps, n, words, arranged.shape[1],
             _group_shift(group_size, bits),
             TABLE=table is not None, ALIGNED=table is not None and aligned(qweights, scales),
-            OUT_KIND=KINDS[parts.dtype], STEPS=split.steps if interpreted() else 0, STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            OUT_KIND=KINDS[parts.dtype], STEPS=split.steps if interpreted() else 0, STAGES=stages,
+            num_warps=config.num_warps, num_stages=stages,
             **_options(KINDS[x.dtype], group_size, bits, zero, config),
         )  # fmt: skip
         if split.parts > 1:
