@@ -10,9 +10,14 @@ MAX_JOBS = 8
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def default_jobs() -> int:
     """Workers where the user names no number: the usable cores, at most 8."""
-    return min(MAX_JOBS, len(os.sched_getaffinity(0)))
+    return min(MAX_JOBS, usable_cores())
 
 
 def free_disk_bytes(target: Path) -> int:

@@ -16,6 +16,7 @@ from weightkit.errors import Interrupted, WeightkitError
 #: In the order of the road that a checkpoint goes.
 COMMANDS = (
     "plan",
+    "bench",
     "fetch",
     "inspect",
     "verify",

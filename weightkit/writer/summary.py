@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from weightkit.machine import available_memory_bytes, default_jobs, free_disk_bytes
-from weightkit.units import human_bytes
+from weightkit.checkpoint.tensors import LazyTensor, is_plain, size_bytes, stored_parts
+from weightkit.errors import FormatError
+from weightkit.machine import available_memory_bytes, default_jobs, free_disk_bytes, usable_cores
+from weightkit.measure import Ceilings, Work, estimate, find, load
+from weightkit.remote.address import is_address
+from weightkit.units import human_bytes, human_seconds
 from weightkit.writer.executor import peak_memory_bytes
 from weightkit.writer.plan import Plan
 from weightkit.writer.target import inspect_target
@@ -13,8 +18,11 @@ from weightkit.writer.target import inspect_target
 
 @dataclass(frozen=True)
 class Summary:
-    """A plan's cost. ``left_bytes`` is what is still to be written; ``state`` is ``new``, ``continue`` or
-    ``complete``."""
+    """A plan's cost. ``left_bytes`` is what is still to be written; ``state`` is ``new``, ``continue`` or ``complete``.
+
+    ``estimated_s``, of what is left at the rates that ``weightkit bench`` measured (``estimated_from``), is a lower
+    bound; None where nothing was measured, or the work is not of the kind that was.
+    """
 
     target: str
     state: str
@@ -30,6 +38,8 @@ class Summary:
     peak_memory_bytes: int
     available_memory_bytes: int
     plan_sha256: str
+    estimated_s: float | None = None
+    estimated_from: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Plain values by field."""
@@ -47,6 +57,8 @@ class Summary:
             "free disk": human_bytes(self.free_disk_bytes),
             "memory": f"{human_bytes(self.peak_memory_bytes)} of buffers for {self.jobs} jobs; {memory} available",
         }
+        if self.estimated_s is not None:
+            rows["time"] = f"at least {human_seconds(self.estimated_s)}, estimated from {self.estimated_from}"
         return "\n".join(f"{key:<10} {value}" for key, value in rows.items())
 
 
@@ -55,6 +67,8 @@ def summarize(plan: Plan, *, jobs: int | None = None, force: bool = False) -> Su
     jobs = jobs or default_jobs()
     state = inspect_target(plan, force=force)
     done = sum(state.files[file.name].bytes for file in plan.files if file.name in state.files)
+    left = 0 if state.complete else plan.bytes_written - done
+    estimated_s, estimated_from = _estimated(plan, left, jobs)
     return Summary(
         target=str(plan.target),
         state="complete" if state.complete else "continue" if state.files else "new",
@@ -64,10 +78,53 @@ def summarize(plan: Plan, *, jobs: int | None = None, force: bool = False) -> Su
         converted_tensors=plan.computed_tensors,
         read_bytes=plan.bytes_read,
         write_bytes=plan.bytes_written,
-        left_bytes=0 if state.complete else plan.bytes_written - done,
+        left_bytes=left,
         free_disk_bytes=free_disk_bytes(plan.target),
         jobs=jobs,
         peak_memory_bytes=peak_memory_bytes(plan, jobs),
         available_memory_bytes=available_memory_bytes(),
         plan_sha256=plan.hash,
+        estimated_s=estimated_s,
+        estimated_from=estimated_from,
     )
+
+
+def _estimated(plan: Plan, left: int, jobs: int) -> tuple[float | None, str | None]:
+    """Seconds of what is left of a plan, and from which measurement, where there is one that applies."""
+    path = find(plan.target)
+    if path is None:
+        return None, None
+    with suppress(FormatError):
+        ceilings, work = load(path), _work(plan)
+        if work is not None and plan.bytes_written and _is_of(ceilings):
+            seconds = estimate(work, ceilings, jobs=min(jobs, len(plan.files))).seconds
+            return seconds * left / plan.bytes_written, f"{path} of {ceilings.measured_at[:10]}"
+    return None, None
+
+
+def _is_of(ceilings: Ceilings) -> bool:
+    """Whether it was measured on as many cores as there are here: a disk may be shared by several machines."""
+    return ceilings.cores == usable_cores()
+
+
+def _work(plan: Plan) -> Work | None:
+    """All that a plan does; None where a network, a GPU or a conversion whose rate is not measured is part of it."""
+    if any(is_address(path) for path in plan.stamps):
+        return None
+    dequantized = 0
+    for file in plan.files:
+        for tensor in file.tensors.values():
+            if not is_plain(tensor):
+                codes = _codes(tensor)
+                if codes is None:
+                    return None
+                dequantized += codes
+    return Work(plan.target.name, plan.bytes_read, plan.bytes_written, plan.bytes_written, dequantized)
+
+
+def _codes(tensor: LazyTensor) -> int | None:
+    """Bytes of FP8 that a computed tensor is made from; None where it is not a dequantization."""
+    parts = list(stored_parts(tensor))
+    if tensor.dtype == "F8_E4M3" or not all(part.dtype in ("F8_E4M3", "F32") for part in parts):
+        return None
+    return sum(size_bytes(part) for part in parts if part.dtype == "F8_E4M3")
