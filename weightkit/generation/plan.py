@@ -67,7 +67,7 @@ class GenerationPlan:
         cached = f", about {human_bytes(saved)} of it from the cache" if saved else ""
         lines = [
             f"Weights     {dense}",
-            f"Memory      room for {self._room()}, beside {human_bytes(self.budget.working)} to work in",
+            f"Memory      {self._room()}",
             f"Prompt      {prompts}{together}: about {human_bytes(self.prompt_bytes)} to read{_taking(self.prompt_s)}",
             f"New token   about {human_bytes(self.token_bytes)}{cached}{_taking(self.token_s)}",
         ]
@@ -82,6 +82,7 @@ class GenerationPlan:
         room = f"{human_bytes(budget.device_weights)} {where}"
         if budget.host_weights:
             room += f" and {human_bytes(budget.host_weights)} of host memory"
+        room += f" for them, beside {human_bytes(budget.working)} to work in"
         if not self.is_streamed:
             return f"{room}: they fit"
         if self.weights_bytes <= budget.device_weights:
