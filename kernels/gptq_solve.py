@@ -158,7 +158,7 @@ def _search_scales_kernel(
     tile = tl.load(weight + column[:, None].to(tl.int64) * n + out[None, :], mask=inside, other=0.0)
     counts = tl.load(importance + column, mask=present, other=0.0)[:, None]
     largest = tl.max(tl.abs(tile), axis=0)
-    best_scale = tl.full((BLOCK_N,), 1.0, tl.float32)
+    best_scale = tl.full((BLOCK_N,), float("inf"), tl.float32)
     best_loss = tl.full((BLOCK_N,), float("inf"), tl.float32)
     for step in range(STEPS):
         fraction = 1.0 - step * ((1.0 - FLOOR) / STEPS)
@@ -316,7 +316,7 @@ def _grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def search_scales(weight: torch.Tensor, importance: torch.Tensor, *, group_size: int, bits: int) -> torch.Tensor:
     """Scales [groups, N] F32 with the least sum of ``importance`` [K] times squared rounding error, of
-    ``SEARCH_STEPS`` fractions of ``largest_scales``."""
+    ``SEARCH_STEPS`` fractions of ``largest_scales``; Inf where no error is finite: of NaN, of what F16 cannot span."""
     k, n = weight.shape
     zero, top = 1 << (bits - 1), (1 << bits) - 1
     if _kernels_run(weight) and group_size <= LARGEST_TILE:
@@ -331,7 +331,7 @@ def search_scales(weight: torch.Tensor, importance: torch.Tensor, *, group_size:
     grouped = _grouped(weight, group_size)
     counts = _grouped(importance[:, None], group_size)
     largest = grouped.abs().amax(dim=1)
-    best_scale, best_loss = torch.ones_like(largest), torch.full_like(largest, float("inf"))
+    best_scale = best_loss = torch.full_like(largest, float("inf"))
     for step in range(SEARCH_STEPS):
         fraction = 1.0 - step * ((1.0 - SEARCH_FLOOR) / SEARCH_STEPS)
         scale = torch.where(largest > 0, largest * (fraction * 2.0 / top), torch.ones_like(largest))

@@ -234,6 +234,19 @@ def test_tiny_and_huge_weights_keep_scales_that_f16_holds() -> None:
     assert scales[0, 0] == 2.0**-24
     assert torch.isfinite(scales[0, 1])
     assert torch.isinf(largest_scales(weight, group_size=16, bits=4)[0, 2])
+    assert torch.isfinite(scales[0, 2])  # a smaller grid reaches far enough
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e7], ids=str)
+def test_search_finds_no_scale_for_what_has_none(value: float, kernels: ModuleType, device: torch.device) -> None:
+    weight = weights(32, 8)
+    weight[17, 3] = value
+    for found in (
+        search_scales(weight, torch.ones(32), group_size=16, bits=4),
+        kernels.search_scales(weight.to(device), torch.ones(32, device=device), group_size=16, bits=4).cpu(),
+    ):
+        assert torch.isinf(found).nonzero().tolist() == [[1, 3]]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ from weightkit.quantization import QuantizationReport, Settings, activations, la
 from weightkit.quantization.outbox import Outbox
 from weightkit.quantization.solver import Solver
 from weightkit.quantization.state import State
-from weightkit.writer import executor as executing
-from weightkit.writer import stream
+from weightkit.writer import files, stream
+from weightkit.writer.executor import Run
 
 SETTINGS = {
     "experts": Settings(group_size=16),
@@ -55,7 +55,7 @@ PLACES: list[tuple[Any, str, tuple[int, ...]]] = [
     (State, "begin_snapshot", (1,)),
     (State, "write_part", (1,)),
     (State, "finish_snapshot", (1,)),
-    (executing.Run, "seal", (1,)),
+    (Run, "seal", (1,)),
     (State, "clear", (2,)),
 ]
 #: Those to die after, too.
@@ -66,8 +66,8 @@ def small_steps() -> None:
     """Batches, chunks and buffers so small that a small model has many."""
     torch.set_num_threads(1)
     activations.BATCH_TOKENS, layer.CHUNK_TOKENS, layer.HELD_TOKENS = 64, 24, 48
-    stream.BUFFER_BYTES = executing.BUFFER_BYTES = 32 << 10
-    executing.DURABLE_EVERY_BYTES = 64 << 10
+    stream.BUFFER_BYTES = files.BUFFER_BYTES = 32 << 10
+    files.DURABLE_EVERY_BYTES = 64 << 10
 
 
 def run(source: Path, tokens: Path, target: Path, kind: str) -> QuantizationReport | None:

@@ -99,17 +99,17 @@ class Solver:
         grid = {"group_size": self.group_size(len(stacked)), "bits": self.settings.bits}
         if hessian is not None and not hessian.tokens:
             hessian = None
+        factor = None if hessian is None else self._factor(names[0], hessian)  # first: it says if inputs are not finite
         with self._clock.stage("scales"):
             scales = self._scales(stacked, hessian, grid)
             rounded = kernels.round_to_nearest(stacked, scales, **grid)
             require_finite(names, weights, scales, widths)
-        if hessian is None:
-            asked = self.settings.method == "rtn"
-            factor, codes, note = None, rounded, None if asked else "no calibration token reached it"
-        else:
-            factor, note = self._factor(names[0], hessian), None
+        codes, note = rounded, None
+        if factor is not None:
             with self._clock.stage("solve"):
                 codes = kernels.solve(stacked, scales, factor, **grid)
+        elif self.settings.method != "rtn":
+            note = "no calibration token reached it"
         with self._clock.stage("errors"):
             errors = self._errors(stacked, scales, codes, rounded, hessian, widths)
         damping, retries = (None, 0) if factor is None else (factor.damping, factor.retries)
