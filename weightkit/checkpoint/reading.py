@@ -36,16 +36,23 @@ class Reader:
         ahead_bytes: of what follows a large read the kernel is asked to fetch so much, for readers that go through
             whole files: the disk is then at work while they convert and write. (Cold, 4.6 GB on a virtual disk: 0.8 of
             the time or less.)
+        stop: once set, it ends the waits of all reads of remote files, which raise ``Interrupted``.
     """
 
-    def __init__(self, stamps: Mapping[str, Stamp] | None = None, *, ahead_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        stamps: Mapping[str, Stamp] | None = None,
+        *,
+        ahead_bytes: int = 0,
+        stop: threading.Event | None = None,
+    ) -> None:
         self._stamps = stamps or {}
         self._ahead_bytes = ahead_bytes
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
         self._remote: RemoteFiles | None = None
-        self._stop = threading.Event()
+        self.stop = stop or threading.Event()
         self.bytes_read = 0
 
     def __enter__(self) -> Reader:
@@ -63,10 +70,6 @@ class Reader:
         if remote is not None:
             remote.close()
 
-    def stop(self) -> None:
-        """End the waits of all reads of remote files; they raise ``Interrupted``."""
-        self._stop.set()
-
     def read_range(self, path: str, offset: int, out: Bytes) -> None:
         """Fill ``out`` (contiguous) from byte ``offset`` of a file.
 
@@ -76,9 +79,9 @@ class Reader:
             HubError: a remote file cannot be had.
         """
         if is_address(path):
-            self._read_remote(path, offset, out)
+            count = self._read_remote(path, offset, out)
             with self._lock:
-                self.bytes_read += len(out)
+                self.bytes_read += count
             return
         file, done, view = self._open(path), 0, out.data
         if self._ahead_bytes and len(view) >= LARGE_BYTES:
@@ -124,18 +127,20 @@ class Reader:
             self.read_copy(copy, out)
         return out
 
-    def _read_remote(self, address: str, offset: int, out: Bytes) -> None:
+    def _read_remote(self, address: str, offset: int, out: Bytes) -> int:
+        """The bytes that came over the network."""
         stamp = self._stamps.get(address)
         if stamp is None:
             stamp = stamp_file(RemotePath(address))
         if offset + len(out) > stamp.size_bytes:
             raise _ends_early(address, offset + len(out), stamp.size_bytes)
         self._remote_files().read(address, stamp.version, offset, out.data)
+        return len(out)
 
     def _remote_files(self) -> RemoteFiles:
         with self._lock:
             if self._remote is None:
-                self._remote = RemoteFiles(stop=self._stop)
+                self._remote = RemoteFiles(stop=self.stop)
             return self._remote
 
     def _read_covering(self, copy: Copy, rows: Bytes) -> None:

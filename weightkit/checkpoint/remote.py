@@ -22,7 +22,7 @@ from weightkit.checkpoint.index import INDEX_NAME, is_file_name, is_relative_pat
 from weightkit.checkpoint.lock import Lock, read_lock
 from weightkit.errors import ListingError, RepositoryError, UnreachableError, raise_all
 from weightkit.remote.address import HubAddress, parse_hub, require_readable
-from weightkit.remote.path import Entry, Folder, RemotePath, as_path, register
+from weightkit.remote.path import Entry, Folder, RemotePath, as_path, is_known, register
 from weightkit.remote.patience import Hiccup, wait_from_headers
 from weightkit.remote.ranges import (
     DEFAULT_PATIENCE,
@@ -64,7 +64,8 @@ _CHECK = "Check the name (owner/name[@revision]); a private repository needs a t
 
 
 def locate(what: str | PathLike[str]) -> Path:
-    """A local path as it is; of an address what lies there, asked for anew, as a ``RemotePath`` with the commit.
+    """A local path as it is; of an address what lies there, asked for anew, as a ``RemotePath`` with the commit. Such a
+    path is returned as it is.
 
     Raises:
         NotACheckpointError: an address that nothing is read from.
@@ -73,7 +74,7 @@ def locate(what: str | PathLike[str]) -> Path:
         UnreachableError: no answer; a server that serves no ranges; or a package that is missing.
     """
     path = as_path(what)
-    if not isinstance(path, RemotePath):
+    if not isinstance(path, RemotePath) or (isinstance(what, RemotePath) and is_known(what)):
         return path
     address = str(path)
     require_readable(address)

@@ -94,6 +94,12 @@ conversion_options = _chain(
     click.option("--dry-run", is_flag=True, help="Print the plan and its cost; write nothing."),
     jobs_option,
     executor_options,
+    click.option(
+        "--spool",
+        type=SIZE,
+        help="Of a SRC at an address, most disk for its files on their way: each is fetched whole and verified. 0 reads"
+        " ranges alone, verified by no checksum.  [default: what is in work]",
+    ),
     device_option,
     click.option("--force", is_flag=True, help="Replace what an earlier run left in DST."),
     json_option,
@@ -115,6 +121,7 @@ class Conversion:
     jobs: int | None
     executor: str
     address: str | None
+    spool: int | None
     device: str
     force: bool
     as_json: bool
@@ -144,7 +151,8 @@ class Conversion:
         files = lay_out_published(what) if isinstance(what, Checkpoint) else what
         plan = make_plan(files, self.dst or target(self.model, self.src, form))
         if self.dry_run or (self.verbose and not self.as_json):
-            summary = summarize(plan, jobs=self.jobs, force=self.force)
+            elsewhere = self.executor != "local"
+            summary = summarize(plan, jobs=self.jobs, force=self.force, spool_bytes=self.spool, elsewhere=elsewhere)
             click.echo(json.dumps(summary.to_json()) if self.as_json else summary.render())
         if self.dry_run:
             return
@@ -152,7 +160,13 @@ class Conversion:
         if plan.computed_tensors and executor is None:
             engine = choose_engine(self.device)  # type: ignore[arg-type]
         written = execute(
-            plan, jobs=self.jobs, engine=engine, executor=executor, progress=not self.quiet, force=self.force
+            plan,
+            jobs=self.jobs,
+            engine=engine,
+            executor=executor,
+            progress=not self.quiet,
+            force=self.force,
+            spool_bytes=self.spool,
         )
         if self.as_json:
             click.echo(json.dumps(written.to_json()))

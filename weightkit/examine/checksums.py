@@ -15,6 +15,7 @@ from weightkit.checkpoint.reading import Bytes
 from weightkit.errors import ChecksumError, MissingFileError, WeightkitError
 from weightkit.examine.survey import FETCH, Survey, attempt
 from weightkit.manifests import Manifest
+from weightkit.remote.path import RemotePath, folder_of
 
 NONE_KNOWN = f"none are known: no {LOCK_NAME}, no manifest"
 
@@ -39,12 +40,27 @@ def known_files(survey: Survey, manifest: Manifest | None) -> tuple[Known, list[
     elif isinstance(lock, Lock):
         files |= lock.files
         sources.append(LOCK_NAME)
+    elif isinstance(survey.folder, RemotePath) and (listed := _from_listing(survey.folder)).files:
+        files |= listed.files
+        sources.append(listed.source)
     if manifest is not None and manifest.files:
         files |= {name: file for name, entry in manifest.files.items() if (file := _from_manifest(entry)) is not None}
         sources.append(f"the manifest of {manifest.name}")
     if survey.path != survey.folder:
         files = {name: file for name, file in files.items() if name == survey.path.name}
     return Known(files, " and ".join(sources)), problems
+
+
+def _from_listing(folder: RemotePath) -> Known:
+    """What the listing of a repository records."""
+    listing, name = folder_of(str(folder))
+    below = f"{name}/" if name else ""
+    files = {
+        path.removeprefix(below): LockedFile(entry.size_bytes, entry.sha256)
+        for path, entry in listing.entries.items()
+        if entry.sha256 is not None and path.startswith(below)
+    }
+    return Known(files, listing.recorded_by)
 
 
 def _from_manifest(entry: object) -> LockedFile | None:

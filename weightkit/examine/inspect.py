@@ -11,6 +11,7 @@ from typing import NamedTuple
 from weightkit import manifests
 from weightkit.checkpoint.dtypes import size_bytes as dtype_bytes
 from weightkit.checkpoint.lock import read_lock
+from weightkit.checkpoint.remote import locate
 from weightkit.errors import NotACheckpointError, PlanError, WeightkitError, printable
 from weightkit.examine.declared import identify
 from weightkit.examine.tensors import SCALE_SUFFIX
@@ -18,6 +19,7 @@ from weightkit.family import Architecture, Expected, blueprint, is_mtp, layer_of
 from weightkit.layouts import open_checkpoint
 from weightkit.layouts.declare import without_stale_quantization
 from weightkit.manifests import Expectation, Manifest
+from weightkit.remote.address import title_of
 from weightkit.units import counted, human_bytes
 
 #: Rows of the table, in the order of the model; what a checkpoint lacks is left out.
@@ -136,8 +138,8 @@ def inspect(what: str | Path, *, config: str | Path | Mapping[str, object] | Non
     """Say what a checkpoint is, or what a known one will be when it is fetched.
 
     Args:
-        what: a checkpoint's path in any layout, or the name of a manifest (``deepseek-v3``). A path that exists comes
-            first.
+        what: a checkpoint's path or address, in any layout, or the name of a manifest (``deepseek-v3``). A path that
+            exists comes first.
         config: as for ``open_checkpoint``.
 
     Raises:
@@ -145,7 +147,7 @@ def inspect(what: str | Path, *, config: str | Path | Mapping[str, object] | Non
         UnsupportedError: not a member of the family; says what was found.
         CheckpointError, FormatError, ConfigError: as ``open_checkpoint``; ``verify`` says more.
     """
-    path = Path(what)
+    path = locate(what)
     if path.exists():
         return _inspect_path(path, config)
     try:
@@ -164,7 +166,12 @@ def _inspect_path(path: Path, config: str | Path | Mapping[str, object] | None) 
         raise arch
     items = [_Item(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()]
     found = _count(
-        arch, items, blueprint(arch), name=path.resolve().name, layout=checkpoint.layout, files=len(checkpoint.stamps)
+        arch,
+        items,
+        blueprint(arch),
+        name=title_of(path.resolve()),
+        layout=checkpoint.layout,
+        files=len(checkpoint.stamps),
     )
     lock = read_lock(path if path.is_dir() else path.parent)
     origin = lock.origin if lock is not None else {}

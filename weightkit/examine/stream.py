@@ -1,6 +1,6 @@
 """Files read once, from front to back, for several purposes: checksum, values, replicas. A thread owns a file.
 
-Memory is ``CHUNK_BYTES`` a thread, whatever the files' sizes.
+Memory is ``CHUNK_BYTES`` a thread, whatever the files' sizes; ``WINDOW_BYTES`` more where they are remote.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from weightkit.checkpoint import Entry, Header
+from weightkit.checkpoint import Entry, Header, Reader
 from weightkit.checkpoint.dtypes import DTYPE_BITS
 from weightkit.checkpoint.reading import Bytes
 from weightkit.errors import FormatError, WeightkitError
 from weightkit.examine.survey import FETCH
 from weightkit.machine import default_jobs
 from weightkit.progress import Progress
+from weightkit.remote.path import RemotePath
 
 CHUNK_BYTES = 4 << 20
+#: Of a remote file so much is read at once, and held in memory.
+WINDOW_BYTES = 32 << 20
 #: Beyond the cores, threads help no more; beyond this, no disk does.
 
 
@@ -110,20 +114,48 @@ def read_one(reading: Reading, count: Callable[[int], None], stop: threading.Eve
 
 
 def _read(reading: Reading, count: Callable[[int], None], stop: threading.Event) -> None:
-    file = os.open(reading.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    with _opened(reading, stop) as fill:
         buffer = np.empty(min(CHUNK_BYTES, max((end - at for at, end in reading.spans), default=0)), np.uint8)
         for offset, length in _chunks(reading):
             if stop.is_set():
                 return
             chunk = buffer[:length]
-            _fill(file, offset, chunk, reading.path)
+            fill(offset, chunk)
             for consumer in reading.consumers:
                 consumer.feed(offset, chunk)
             count(length)
+
+
+@contextmanager
+def _opened(reading: Reading, stop: threading.Event) -> Iterator[Callable[[int, Bytes], None]]:
+    """What fills a chunk from an offset of the file on."""
+    if isinstance(reading.path, RemotePath):
+        with Reader(stop=stop) as reader:
+            yield _Window(reader, str(reading.path), reading.spans).fill
+        return
+    file = os.open(reading.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        yield lambda offset, chunk: _fill(file, offset, chunk, reading.path)
     finally:
         os.close(file)
+
+
+class _Window:
+    """A remote file, read from front to back: so much of it at once that several connections are at work."""
+
+    def __init__(self, reader: Reader, address: str, spans: Sequence[tuple[int, int]]) -> None:
+        self._reader, self._address, self._spans = reader, address, spans
+        self._start, self._held = 0, np.empty(0, np.uint8)
+
+    def fill(self, offset: int, chunk: Bytes) -> None:
+        begin = offset - self._start
+        if begin < 0 or begin + len(chunk) > len(self._held):
+            end = next(end for at, end in self._spans if at <= offset < end)
+            self._start, begin = offset, 0
+            self._held = np.empty(min(WINDOW_BYTES, end - offset), np.uint8)
+            self._reader.read_range(self._address, offset, self._held)
+        chunk[:] = self._held[begin : begin + len(chunk)]
 
 
 def _chunks(reading: Reading) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from weightkit import manifests
 from weightkit.checkpoint import Header
-from weightkit.errors import CheckpointError, FormatError, WeightkitError
+from weightkit.checkpoint.remote import locate
+from weightkit.errors import CheckpointError, FormatError, PlanError, WeightkitError
 from weightkit.examine.checksums import (
     NONE_KNOWN,
     Known,
@@ -29,6 +30,7 @@ from weightkit.examine.tensors import partner_problems, published_names, publish
 from weightkit.examine.values import ValueScan
 from weightkit.family import Architecture, Expected
 from weightkit.manifests import Manifest
+from weightkit.remote.path import is_remote
 from weightkit.units import human_bytes
 
 QUICK = "left out of a quick check"
@@ -52,7 +54,7 @@ def verify(
     a lock or manifest records is computed, and what is whole on every rank is compared between ranks.
 
     Args:
-        path: a folder in the published layout or of rank files, or one safetensors file.
+        path: a folder in the published layout or of rank files, or one safetensors file; here, or at an address.
         config: the model's ``config.json`` (a path or its content) where the folder has none.
         manifest: the name of the published checkpoint that this must be; its totals and checksums are checked too.
         quick: read headers only, no tensor data.
@@ -64,11 +66,15 @@ def verify(
 
     Raises:
         NotACheckpointError: there is nothing at the path.
-        PlanError: no such manifest.
+        PlanError: no such manifest; ``readers`` of a source at an address.
+        HubError: an address that nothing can be had from.
     """
     started = time.monotonic()
     known_manifest = manifests.load(manifest) if manifest is not None else None
-    found = survey(Path(path))
+    path = locate(path)
+    if readers is not None and is_remote(path):
+        raise PlanError("files at an address are read by this process alone", where=path, fix="Use --executor local.")
+    found = survey(path)
     run = _Run(found, read_declared(found.folder, config), known_manifest or shipped_manifest(found.folder))
     run.check_headers()
     run.check_tensors()

@@ -23,6 +23,7 @@ from weightkit.quantization.settings import Settings
 from weightkit.quantization.state import State
 from weightkit.quantization.token_arrays import unknown_id
 from weightkit.ranks.ranks import Ranks
+from weightkit.remote.address import title_of
 from weightkit.units import counted, human_bytes
 from weightkit.writer import Summary, summarize
 from weightkit.writer.journal import Progress
@@ -116,7 +117,7 @@ def prepare(
         )
         calibrated = Calibrated(tokens, memory, sequences)
     engine = choose_engine("cpu" if where.type == "cpu" else "cuda")
-    name = title or Path(checkpoint.root).resolve().name
+    name = title or title_of(checkpoint.root.resolve())
     return Job(plan, calibrated, where, engine, ranks, snapshot_layers, name)
 
 

@@ -124,6 +124,15 @@ def folder_of(address: str) -> tuple[Folder, str]:
     return _FOLDERS[place], name
 
 
+def is_known(path: RemotePath) -> bool:
+    """Whether the folder that it lies in was opened."""
+    try:
+        folder_of(str(path))
+    except UnreachableError:
+        return False
+    return True
+
+
 class RemotePath(PosixPath):
     """The address of a remote file or folder. See the module."""
 
@@ -212,6 +221,8 @@ class RemotePath(PosixPath):
 
 def as_path(what: str | os.PathLike[str]) -> Path:
     """The path of a file or folder here, or elsewhere where ``what`` is an address. Nothing is asked."""
+    if isinstance(what, RemotePath):
+        return what
     address = address_of(what)
     return Path(what) if address is None else RemotePath(address)
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightkit import manifests
+from weightkit.checkpoint.remote import locate
 from weightkit.errors import NotACheckpointError, PlanError
 from weightkit.family import Architecture, is_mtp
 from weightkit.layouts import open_checkpoint
 from weightkit.layouts.declare import architecture_of
+from weightkit.remote.address import title_of
 
 #: Sequences, and tokens of each, where a manifest names no others: the defaults of ``weightkit quantize``.
 CALIBRATION_SAMPLES, CALIBRATION_TOKENS = 512, 4096
@@ -42,7 +44,7 @@ def read_source(what: str | Path, *, config: str | Path | Mapping[str, object] |
         NotACheckpointError: neither.
         UnsupportedError, CheckpointError, FormatError, ConfigError: as ``open_checkpoint``.
     """
-    path = Path(what)
+    path = locate(what)
     if path.exists():
         return _on_disk(path, config)
     try:
@@ -63,7 +65,7 @@ def _on_disk(path: Path, config: str | Path | Mapping[str, object] | None) -> So
     arch = architecture_of(checkpoint)
     if arch.num_nextn_predict_layers and not any(is_mtp(name, arch) for name in checkpoint.tensors):
         arch = without_mtp(arch)  # rank files have none, whatever the config that was given for them says
-    return Source(path.resolve().name, arch, path, False)
+    return Source(title_of(path.resolve()), arch, path, False)
 
 
 def without_mtp(arch: Architecture) -> Architecture:

@@ -21,6 +21,7 @@ def write(
     executor: Executor | None = None,
     progress: bool = True,
     force: bool = False,
+    spool_bytes: int | None = None,
 ) -> Written:
     """Write a checkpoint (in the published layout) or a file set (``shard``'s result) into the folder ``target``.
 
@@ -32,9 +33,18 @@ def write(
         executor: who fills the files, such as a ``RayExecutor`` with jobs and device of its own; default this process.
         progress: show a bar.
         force: replace what an earlier write left in the target.
+        spool_bytes: of a remote source, most disk for its files on their way; see ``execute``.
 
     Raises: as ``execute`` and ``make_plan``.
     """
     plan = make_plan(lay_out_published(what) if isinstance(what, Checkpoint) else what, target)
     engine = choose_engine(device) if plan.computed_tensors and executor is None else None
-    return execute(plan, jobs=jobs, engine=engine, executor=executor, progress=progress, force=force)
+    return execute(
+        plan,
+        jobs=jobs,
+        engine=engine,
+        executor=executor,
+        progress=progress,
+        force=force,
+        spool_bytes=spool_bytes,
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -28,11 +28,15 @@ from weightkit.durable import FULL, PARTIAL, STATE_DIR, Hold, no_space, only_wri
 from weightkit.errors import Interrupted, PlanError, WriteError
 from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
+from weightkit.remote.ranges import RemoteFiles
 from weightkit.units import counted, human_bytes, human_seconds
 from weightkit.writer.files import AHEAD_BYTES, FileWriter, Promises, is_promised
 from weightkit.writer.journal import Journal, Progress
 from weightkit.writer.pieces import STRIP_BYTES
 from weightkit.writer.plan import Plan, PlannedFile
+from weightkit.writer.sourcing import SPOOL_DIR, SourceRecord, Sourcing, plan_sourcing, remote_sources
+from weightkit.writer.sourcing import spool_bytes as spooled_bytes
+from weightkit.writer.spool import Spool, SpoolingReader, clear_spool
 from weightkit.writer.stream import BUFFER_BYTES, BUFFERS
 from weightkit.writer.target import clear_target, inspect_target, require_memory, require_space
 
@@ -48,6 +52,8 @@ class Written:
         written_bytes: those of them that this run wrote; the rest was there from an earlier run.
         read_bytes: bytes read from the source.
         wall_s: seconds.
+        verified: the remote sources of which nothing was used but what their recorded SHA-256 covers.
+        unverified: the other remote sources.
     """
 
     target: Path
@@ -56,6 +62,8 @@ class Written:
     written_bytes: int
     read_bytes: int
     wall_s: float
+    verified: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Plain values by field."""
@@ -70,8 +78,17 @@ class Written:
         resumed = f", {human_bytes(kept)} kept from an earlier run" if kept else ""
         return (
             f"{self.target}: {counted(self.files, 'file')}, {human_bytes(self.size_bytes)}"
-            f" in {human_seconds(self.wall_s)} ({rate}/s{resumed})."
+            f" in {human_seconds(self.wall_s)} ({rate}/s{resumed}).{self._sources()}"
         )
+
+    def _sources(self) -> str:
+        """What was verified of a remote source."""
+        if not self.unverified:
+            return f"\n{counted(len(self.verified), 'source file')}, each verified whole." if self.verified else ""
+        names = [path.rpartition("/")[2] for path in self.unverified]
+        total = counted(len(self.verified) + len(names), "source file")
+        some = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
+        return f"\nNot verified whole: {len(names):,} of {total} ({some})."
 
 
 def peak_memory_bytes(plan: Plan, jobs: int) -> int:
@@ -146,6 +163,7 @@ def execute(
     executor: Executor | None = None,
     progress: bool = True,
     force: bool = False,
+    spool_bytes: int | None = None,
 ) -> Written:
     """Write the plan's files. A run that was stopped is continued; one that was finished is left alone.
 
@@ -156,28 +174,37 @@ def execute(
         executor: who fills the files; default ``LocalExecutor(jobs)``. The bytes do not depend on it.
         progress: show a bar.
         force: replace what an earlier write left in the target.
+        spool_bytes: most disk for remote source files on their way: those whose SHA-256 is recorded are fetched whole
+            into the target's state folder, verified, read and dropped; 0 reads ranges alone and verifies no file
+            whole. Default what is in work at once, as far as the disk has it. An ``executor`` has no spool.
 
     Raises:
         TargetError, SpaceError, PlanError: before anything is written.
         SourceChangedError, FormatError: a source file is not what it was, or ends early.
+        ChecksumError, HubError: of a remote source; its content is not what is recorded, or it cannot be had.
         SpaceError, WriteError: on the way, of a full or failing disk; the next run continues.
         Interrupted: by Ctrl-C; the next run continues.
     """
     started = time.monotonic()
-    executor = executor or LocalExecutor(jobs)
+    own = LocalExecutor(jobs) if executor is None else None
     state = inspect_target(plan, force=force)
     if state.complete:
         _sweep(plan.target)
         return _nothing_to_do(plan, started)
-    require_space(plan, state.files, force=force)
+    sourcing = plan_sourcing(plan, state.files, jobs=jobs, limit_bytes=spool_bytes, elsewhere=own is None, force=force)
+    require_space(plan, state.files, force=force, beside_bytes=sourcing.limit_bytes - spooled_bytes(plan.target))
+    if own is not None and sourcing.spooled:
+        own = LocalExecutor(sourcing.jobs)
+    executor = executor or own or LocalExecutor(jobs)
     executor.require(plan)
-    with open_run(plan, engine=engine, progress=progress, force=force) as run:
+    with open_run(plan, engine=engine, progress=progress, force=force, sourcing=sourcing) as run:
         if run is None:
             return _nothing_to_do(plan, started)
         try:
             executor.write_files(run)
         except KeyboardInterrupt as exc:
             raise Interrupted("stopped; what was written is kept", where=plan.target, fix=CONTINUE) from exc
+        verified, unverified = run.sources.sorted_out(remote_sources(plan))
         run.seal()
         return Written(
             plan.target,
@@ -186,12 +213,20 @@ def execute(
             run.written_bytes,
             run.read_bytes,
             time.monotonic() - started,
+            verified,
+            unverified,
         )
 
 
 @contextmanager
 def open_run(
-    plan: Plan, *, engine: Engine | None, progress: bool, force: bool, promises: Promises | None = None
+    plan: Plan,
+    *,
+    engine: Engine | None,
+    progress: bool,
+    force: bool,
+    promises: Promises | None = None,
+    sourcing: Sourcing | None = None,
 ) -> Iterator[Run | None]:
     """Be the only writer of the plan's target: files are written through the ``Run``, in any order, then sealed.
 
@@ -208,12 +243,40 @@ def open_run(
             if force:
                 clear_target(target)
             bar = ProgressBar(plan.bytes_written, target.name, shown=progress, parts=len(plan.files))
-            with Reader(plan.stamps, ahead_bytes=AHEAD_BYTES) as reader, bar:
-                run = Run(plan, reader, engine or CpuEngine(), bar, dict(state.files), hold, promises)
+            sources = SourceRecord(target)
+            with _reader(plan, sourcing, state.files, sources, bar.tell) as reader, bar:
+                run = Run(plan, reader, engine or CpuEngine(), bar, dict(state.files), hold, promises, sources)
                 try:
                     yield run
                 finally:
                     run.journal.close()
+
+
+def _reader(
+    plan: Plan,
+    sourcing: Sourcing | None,
+    files: Mapping[str, Progress],
+    sources: SourceRecord,
+    tell: Callable[[str], None],
+) -> Reader:
+    """Reads the sources of what is left; remote ones by a spool, where they are verified."""
+    for path in sourcing.unverified if sourcing is not None else ():
+        sources.ranges(path)
+    if sourcing is None or not sourcing.spooled:
+        return Reader(plan.stamps, ahead_bytes=AHEAD_BYTES)
+    left = [(file, files.get(file.name)) for file in plan.files]
+    outputs = [
+        (file, progress.bytes if progress is not None else 0)
+        for file, progress in left
+        if progress is None or not progress.done
+    ]
+
+    def spool(remote: RemoteFiles) -> Spool:
+        return Spool(
+            plan.target / STATE_DIR / SPOOL_DIR, sourcing, outputs, remote, verified=sources.verified, tell=tell
+        )
+
+    return SpoolingReader(plan.stamps, spool, ahead_bytes=AHEAD_BYTES)
 
 
 @contextmanager
@@ -250,22 +313,26 @@ class Run:
         history: dict[str, Progress],
         hold: Hold,
         promises: Promises | None = None,
+        sources: SourceRecord | None = None,
     ) -> None:
         self.plan, self.bar, self.history, self.hold = plan, bar, history, hold
+        self.sources = sources or SourceRecord(plan.target)
+        self.spool = reader.spool if isinstance(reader, SpoolingReader) else None
         self._reader, self._promises = reader, promises
         self._files = FileWriter(reader, engine, promises)
         self.written_bytes = 0
         self._read_elsewhere = 0
         self._counting = threading.Lock()
-        self.stop = threading.Event()
-        sources = {Path(path).name: stamp for path, stamp in plan.stamps.items()}
+        self.stop = reader.stop
+        stamps = {Path(path).name: stamp for path, stamp in plan.stamps.items()}
         names = [*(file.name for file in plan.files), *plan.side_files, LOCK_NAME]
-        self.journal = Journal(plan.target, plan.hash, sources, names)
+        self.journal = Journal(plan.target, plan.hash, stamps, names)
 
     @property
     def read_bytes(self) -> int:
         """Bytes read from the source."""
-        return self._reader.bytes_read + self._read_elsewhere
+        spooled = self.spool.fetched_bytes if self.spool is not None else 0
+        return self._reader.bytes_read + self._read_elsewhere + spooled
 
     def write_file(self, file: PlannedFile) -> None:
         """One file: to its partial name, synced, checked, renamed, journalled."""
@@ -277,6 +344,8 @@ class Run:
         sha256 = self._files.fill(self.partial(file), file, self.history.get(file.name), _Told(self, file))
         if self._promises is not None and is_promised(file):
             self._promises.settle(file.name)
+        if self.spool is not None:
+            self.spool.end(file)
         self.place(file, sha256)
 
     def partial(self, file: PlannedFile) -> Path:
@@ -322,6 +391,8 @@ class Run:
         write_whole(target / LOCK_NAME, lock.to_bytes())
         if index is not None:
             write_whole(target / INDEX_NAME, index)
+        clear_spool(target / STATE_DIR / SPOOL_DIR)
+        self.sources.remove()
         self.journal.remove()
 
 
@@ -330,14 +401,21 @@ class _Told:
 
     def __init__(self, run: Run, file: PlannedFile) -> None:
         self._run, self._file = run, file
+        self._position = 0
 
     def check_stop(self) -> None:
         self._run._check_stop()
 
     def kept(self, count: int) -> None:
         self._run.bar.add(count)
+        self._position = count
+        if self._run.spool is not None:
+            self._run.spool.begin(self._file, count)
 
     def wrote(self, count: int) -> None:
+        self._position += count
+        if self._run.spool is not None:
+            self._run.spool.passed(self._file, self._position)
         self._run.count(written=count)
         self._run.bar.add(count)
 

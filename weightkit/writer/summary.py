@@ -10,9 +10,10 @@ from weightkit.errors import FormatError
 from weightkit.machine import available_memory_bytes, default_jobs, free_disk_bytes, usable_cores
 from weightkit.measure import Ceilings, Work, estimate, find, load
 from weightkit.remote.address import is_address
-from weightkit.units import human_bytes, human_seconds
+from weightkit.units import counted, human_bytes, human_seconds
 from weightkit.writer.executor import peak_memory_bytes
 from weightkit.writer.plan import Plan
+from weightkit.writer.sourcing import Sourcing, plan_sourcing
 from weightkit.writer.target import inspect_target
 
 
@@ -22,6 +23,9 @@ class Summary:
 
     ``estimated_s``, of what is left at the rates that ``weightkit bench`` measured (``estimated_from``), is a lower
     bound; None where nothing was measured, or the work is not of the kind that was.
+
+    Of a remote source, ``spooled_files`` of ``spooled_bytes`` are fetched whole and verified, at most ``spool_bytes``
+    on the disk at a time; ``unverified_files`` are read by ranges.
     """
 
     target: str
@@ -40,6 +44,10 @@ class Summary:
     plan_sha256: str
     estimated_s: float | None = None
     estimated_from: str | None = None
+    spooled_files: int = 0
+    spooled_bytes: int = 0
+    spool_bytes: int = 0
+    unverified_files: int = 0
 
     def to_json(self) -> dict[str, object]:
         """Plain values by field."""
@@ -57,15 +65,40 @@ class Summary:
             "free disk": human_bytes(self.free_disk_bytes),
             "memory": f"{human_bytes(self.peak_memory_bytes)} of buffers for {self.jobs} jobs; {memory} available",
         }
+        if self.spooled_files:
+            rows["fetch"] = (
+                f"{counted(self.spooled_files, 'file')}, {human_bytes(self.spooled_bytes)}, each verified whole;"
+                f" at most {human_bytes(self.spool_bytes)} on the disk at a time"
+            )
+        if self.unverified_files:
+            rows["ranges"] = f"of {counted(self.unverified_files, 'remote file')}, not verified whole"
         if self.estimated_s is not None:
             rows["time"] = f"at least {human_seconds(self.estimated_s)}, estimated from {self.estimated_from}"
         return "\n".join(f"{key:<10} {value}" for key, value in rows.items())
 
 
-def summarize(plan: Plan, *, jobs: int | None = None, force: bool = False) -> Summary:
-    """The cost of a plan as things stand. Raises ``TargetError`` where it could not be carried out."""
-    jobs = jobs or default_jobs()
+def summarize(
+    plan: Plan,
+    *,
+    jobs: int | None = None,
+    force: bool = False,
+    spool_bytes: int | None = None,
+    elsewhere: bool = False,
+) -> Summary:
+    """The cost of a plan as things stand; arguments as of ``execute``.
+
+    Args:
+        elsewhere: an executor other than this process will write the files.
+
+    Raises ``TargetError`` where it could not be carried out, ``SpaceError`` for a spool that is too small.
+    """
     state = inspect_target(plan, force=force)
+    sourcing = Sourcing({}, jobs=jobs or default_jobs())
+    if not state.complete:
+        sourcing = plan_sourcing(
+            plan, state.files, jobs=jobs, limit_bytes=spool_bytes, elsewhere=elsewhere, force=force
+        )
+    jobs = sourcing.jobs
     done = sum(state.files[file.name].bytes for file in plan.files if file.name in state.files)
     left = 0 if state.complete else plan.bytes_written - done
     estimated_s, estimated_from = _estimated(plan, left, jobs)
@@ -86,6 +119,10 @@ def summarize(plan: Plan, *, jobs: int | None = None, force: bool = False) -> Su
         plan_sha256=plan.hash,
         estimated_s=estimated_s,
         estimated_from=estimated_from,
+        spooled_files=len(sourcing.spooled),
+        spooled_bytes=sourcing.spooled_bytes,
+        spool_bytes=sourcing.limit_bytes,
+        unverified_files=len(sourcing.unverified),
     )
 
 

@@ -146,9 +146,9 @@ def _left_behind(target: Path) -> list[Path]:
     return [target / (name + ending) for name in inside for ending in ("", PARTIAL)]
 
 
-def require_space(plan: Plan, files: Mapping[str, Progress], *, force: bool = False) -> None:
-    """Raise ``SpaceError`` where the filesystem lacks room for what is left to write."""
-    needed, free = space_needed(plan, files, force=force), free_disk_bytes(plan.target)
+def require_space(plan: Plan, files: Mapping[str, Progress], *, force: bool = False, beside_bytes: int = 0) -> None:
+    """Raise ``SpaceError`` where the filesystem lacks room for what is left to write, and ``beside_bytes`` more."""
+    needed, free = space_needed(plan, files, force=force) + beside_bytes, free_disk_bytes(plan.target)
     if needed > free:
         raise SpaceError(
             "not enough free space",
