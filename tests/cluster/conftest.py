@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from clusters import environment, head
 
+os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"  # before anybody imports ray, which reads it then
 pytest.importorskip("ray")
 
 

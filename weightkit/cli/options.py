@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -77,6 +77,18 @@ executor_options = _chain(
         help="Head of the Ray cluster; `local` starts one here.  [default: RAY_ADDRESS, or what runs here]",
     ),
 )
+
+
+def without(arguments: Sequence[str], *options: str) -> list[str]:
+    """A command line without some options that take a value each."""
+    left, found = list(arguments), []
+    while left:
+        word = left.pop(0)
+        if word in options:
+            del left[:1]
+        elif word.partition("=")[0] not in options:
+            found.append(word)
+    return found
 
 
 def require_executor(executor: str, address: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -13,9 +14,12 @@ from weightkit.cli.options import (
     config_option,
     debug_option,
     device_option,
+    executor_options,
     json_option,
     model_option,
     quiet_option,
+    require_executor,
+    without,
 )
 
 
@@ -75,6 +79,12 @@ from weightkit.cli.options import (
     show_default=True,
     help="Keep activations on the disk after so many layers, for a resume; 0 for never.",
 )
+@executor_options
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="With --executor ray: processes, each with a GPU of its own.  [default: all GPUs]",
+)
 @model_option
 @config_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and its cost; write nothing.")
@@ -101,6 +111,9 @@ def command(
     gpu_memory: int | None,
     host_memory: int | None,
     snapshot_layers: int,
+    executor: str,
+    address: str | None,
+    ranks: int | None,
     model: str,
     config: Path | None,
     dry_run: bool,
@@ -109,13 +122,16 @@ def command(
     as_json: bool,
     quiet: bool,
     debug: bool,
-) -> None:
+) -> int | None:
     """Quantize SRC, in FP8 or BF16, to int4 in the AutoGPTQ format.
 
     Layer by layer: each sees what the quantized layers before it make of the calibration text, and is written when it
-    is done. A rerun continues with the layer that was in work. Several GPUs of a machine share the work under torchrun:
-    torchrun --nproc-per-node 8 -m weightkit quantize
+    is done. A rerun continues with the layer that was in work. Several GPUs of a machine share the work under torchrun,
+    torchrun --nproc-per-node 8 -m weightkit quantize; those of several machines with --executor ray.
     """
+    require_executor(executor, address)
+    if ranks is not None and executor != "ray":
+        raise click.UsageError("--ranks needs --executor ray; without Ray, torchrun starts the ranks.")
     from weightkit.layouts import open_checkpoint
     from weightkit.quantization.calibration import Size, default_calibration, default_size
     from weightkit.quantization.job import describe, prepare
@@ -123,6 +139,8 @@ def command(
     from weightkit.quantization.settings import Settings
     from weightkit.workspace import source, target
 
+    if executor == "ray" and not dry_run:
+        return _on_cluster(src or source(model), ranks, address, device)
     settings = Settings(
         bits=int(bits),
         group_size=group_size,
@@ -154,11 +172,29 @@ def command(
     if dry_run:
         cost = describe(job, force=force)
         click.echo(json.dumps(cost.to_json()) if as_json else cost.render())
-        return
+        return None
     outcome = carry_out(job, progress=not quiet, force=force)
     if outcome is None:
-        return
+        return None
     if as_json:
         click.echo(json.dumps(outcome.to_json()))
     elif not quiet:
         click.echo(outcome.render())
+    return None
+
+
+def _on_cluster(source: Path, ranks: int | None, address: str | None, device: str) -> int:
+    """Run this command on the nodes of a Ray cluster; the exit code."""
+    from weightkit.checkpoint.stamp import stamp_file
+    from weightkit.cluster.ranks import start
+    from weightkit.remote.address import is_address
+
+    files = [] if is_address(str(source)) else sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    return start(
+        without(sys.argv[1:], "--executor", "--address", "--ranks"),
+        ranks=ranks,
+        address=address,
+        device=device,  # type: ignore[arg-type]
+        sources={str(path.absolute()): stamp_file(path) for path in files},
+        say=lambda said: click.echo(said.line, err=said.is_error),
+    )

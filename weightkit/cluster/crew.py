@@ -194,7 +194,7 @@ class Crew:
         for node in found:
             if node.id not in self._known and (room := room_on(node, self._needs, self._jobs)).tasks:
                 self._known.add(node.id)
-                answer = self._look.options(num_cpus=0, **self._on(node)).remote(*self._seen)
+                answer = self._look.options(num_cpus=0, **on_node(self._ray, node)).remote(*self._seen)
                 self._looking[answer] = room
         for answer in self._ray.wait(list(self._looking), timeout=0)[0] if self._looking else []:
             self._looked(answer, self._looking.pop(answer))
@@ -217,16 +217,12 @@ class Crew:
             self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as exc:
             if not self._tasks:
-                raise _of_node(exc, room.node) from exc
-            self._tell(f"A new node gets no work. {_of_node(exc, room.node)}")
+                raise of_node(exc, room.node) from exc
+            self._tell(f"A new node gets no work. {of_node(exc, room.node)}")
         except self._ray.exceptions.RayError as exc:  # it is gone again
-            self._tell(f"A node gets no work. {_of_node(exc, room.node)}")
+            self._tell(f"A node gets no work. {of_node(exc, room.node)}")
         else:
             self._rooms[room.node.id] = room
-
-    def _on(self, node: Node) -> dict[str, Any]:
-        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
-        return {"scheduling_strategy": strategy, "max_retries": 0}
 
     def _free(self) -> Room | None:
         """The node with the most room that is left; None where all are busy."""
@@ -250,7 +246,12 @@ class Crew:
     def _send(self) -> None:
         while self._waiting and (room := self._free()) is not None:
             errand = self._waiting.popleft()
-            options = {"num_returns": "streaming", "num_cpus": 1, "num_gpus": room.gpus, **self._on(room.node)}
+            options = {
+                "num_returns": "streaming",
+                "num_cpus": 1,
+                "num_gpus": room.gpus,
+                **on_node(self._ray, room.node),
+            }
             task = self._work.options(memory=self._needs.memory_bytes, name=f"weightkit {errand.name}", **options)
             stream = task.remote(errand.order(room.device))
             self._tasks[stream] = _Task(errand, room.node, stream)
@@ -276,7 +277,7 @@ class Crew:
             return self._lose(task, "it ended without a word")
         except errors.RayTaskError as exc:  # raised by the task, and none of ours
             del self._tasks[task.stream]
-            raise _of_node(exc, task.node) from exc
+            raise of_node(exc, task.node) from exc
         except errors.RayError as exc:
             return self._lose(task, type(exc).__name__)
         task.heard_at = time.monotonic()
@@ -345,7 +346,13 @@ class Crew:
 _WORKER_DIED = ("WorkerCrashedError", "OutOfMemoryError", "it stopped")
 
 
-def _of_node(error: Exception, node: Node) -> WeightkitError:
+def on_node(ray: Any, node: Node) -> dict[str, Any]:
+    """Options of a task that runs there and nowhere else, once."""
+    strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
+    return {"scheduling_strategy": strategy, "max_retries": 0}
+
+
+def of_node(error: Exception, node: Node) -> WeightkitError:
     """What a task raised, or what became of it, with its node."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, WeightkitError):

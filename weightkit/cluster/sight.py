@@ -8,13 +8,9 @@ from pathlib import Path
 import weightkit
 from weightkit.checkpoint.stamp import Stamp, stamp_file
 from weightkit.errors import ClusterError, MissingFileError
+from weightkit.remote.address import is_address
 
 SHARE = "Source and target must lie on a filesystem that all nodes share, under the same paths."
-
-
-def is_local(path: str) -> bool:
-    """Whether it is a file's path, and no address."""
-    return "://" not in path
 
 
 def require_version(version: str) -> None:
@@ -27,7 +23,7 @@ def require_seen(stamps: Mapping[str, Stamp]) -> None:
     """Raise ``ClusterError`` for the first file that is not there, or is another."""
     for path, stamp in stamps.items():
         found: object = stamp
-        if is_local(path):
+        if not is_address(path):
             try:
                 found = stamp_file(Path(path))
             except MissingFileError:

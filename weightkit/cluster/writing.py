@@ -13,9 +13,9 @@ from weightkit.cluster.connection import connect, nodes
 from weightkit.cluster.crew import Crew, Needs, require_room
 from weightkit.cluster.filling import Order, Place, look, write_file
 from weightkit.cluster.news import News
-from weightkit.cluster.sight import is_local
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import PlanError
+from weightkit.remote.address import is_address
 from weightkit.writer.executor import Run, peak_memory_bytes
 from weightkit.writer.plan import Plan, PlannedFile
 
@@ -144,4 +144,4 @@ def anchored(tensor: LazyTensor, paths: Mapping[str, str]) -> LazyTensor:
 
 def absolute(path: str) -> str:
     """The path from the root, unless it is an address."""
-    return str(Path(path).absolute()) if is_local(path) else path
+    return path if is_address(path) else str(Path(path).absolute())
