@@ -24,7 +24,8 @@ from transformers_oracle import V2_LITE
 from weightkit import manifests
 from weightkit.errors import DeviceError, MissingFileError, SpaceError
 from weightkit.generation import Runtime
-from weightkit.generation.ranks import RankReport, take_device, verdict
+from weightkit.generation.memory import divide
+from weightkit.generation.ranks import RankReport, require_memory, take_device, verdict
 from weightkit.layouts import open_checkpoint
 from weightkit.ranks import World, start
 from weightkit.transforms import shard
@@ -107,7 +108,7 @@ def expected(path: Path) -> dict[str, object]:
         return {
             "one": list(runtime.generate(PROMPTS[0], max_new_tokens=5).token_ids),
             "together": [list(found.token_ids) for found in runtime.generate_many(PROMPTS, max_new_tokens=5)],
-            "drawn": list(runtime.generate(PROMPTS[1], max_new_tokens=5, **SAMPLED).token_ids),  # type: ignore[arg-type]
+            "drawn": list(runtime.generate(PROMPTS[1], max_new_tokens=5, **SAMPLED).token_ids),
         }
 
 
@@ -190,6 +191,23 @@ def test_the_command_prints_once_what_ranks_answer() -> None:
 
 
 # What is wrong with ranks, before anything is loaded
+
+
+def test_pain_20_memory_is_checked_before_anything_is_loaded() -> None:
+    with Runtime(shipped(), device="cpu") as runtime:
+        needed = runtime.weights.packed_bytes
+
+        def require(room: int, **options: Any) -> None:
+            beside = divide(
+                runtime.weights, tokens=64, sequences=1, most_tokens=4096, gpu_memory=None, host_memory=1 << 40
+            ).working
+            require_memory(runtime, 64, {"host_memory": beside + room, **options})
+
+        require(needed)
+        with pytest.raises(SpaceError, match=r"share of the weights does not fit(.|\n)*Use more ranks, or --stream"):
+            require(needed - 1)
+        require(needed - 1, stream=True)
+        assert runtime.weights.bytes_read == 0
 
 
 def report(rank: int, **fields: Any) -> RankReport:

@@ -36,8 +36,9 @@ from weightkit.units import counted, human_bytes
 
 T = TypeVar("T")
 
-CACHE_TOKENS = 4096
-"""Tokens for whose cache there must be room beside the weights."""
+CACHE_TOKENS = 1024
+"""Tokens that there must be room for beside the weights. What the prompts at hand take is checked again when they are
+known, before the first weight is read."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _prepare(
         return None, replace(report, problems=tuple(problems))
     where = runtime.weights.device
     report = replace(report, device="cpu" if where.type == "cpu" else torch.cuda.get_device_name(where))
-    _attempt(problems, lambda: _require_memory(runtime, cache_tokens, given_options))
+    _attempt(problems, lambda: require_memory(runtime, cache_tokens, given_options))
     return runtime, replace(report, problems=tuple(problems))
 
 
@@ -244,7 +245,7 @@ def _budgets(world: World, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "host_memory": host} if options.get("host_memory") is None else dict(options)
 
 
-def _require_memory(runtime: Runtime, tokens: int, options: Mapping[str, Any]) -> None:
+def require_memory(runtime: Runtime, tokens: int, options: Mapping[str, Any]) -> None:
     """Raise ``SpaceError`` where this rank's weights do not fit beside what ``tokens`` take, unless budgets were named,
     or streaming: ranks are for models that are to stay in memory."""
     weights = runtime.weights
