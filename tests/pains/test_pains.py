@@ -1,6 +1,6 @@
 """What users of such tools suffer from elsewhere, one test a row of that list, by its number: none of it here.
 
-Rows about quantizing, generating and launching are tested in those rooms; what is tested more closely elsewhere is
+Rows about generating and launching are tested in those rooms; what is tested more closely elsewhere is
 shown here in the form in which a user would meet it.
 """
 
@@ -11,13 +11,15 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plain_reference
 import pytest
+import torch
 from folders import Contents, metadata, read_config, read_published, read_safetensors, tree, without
 from safetensors.torch import load_file
 from sparse import write_sparse
@@ -30,6 +32,7 @@ from weightkit.errors import (
     IndexFileError,
     MissingFileError,
     PlanError,
+    QuantizationError,
     ScaleError,
     SpaceError,
     UnsupportedError,
@@ -37,6 +40,8 @@ from weightkit.errors import (
 )
 from weightkit.family import Architecture, legal_mp, legal_tp, tp_problems
 from weightkit.layouts import FileSet, lay_out_published
+from weightkit.quantization import QuantizationReport, Settings, quantize
+from weightkit.quantization.solver import Solver
 from weightkit.writer import make_plan, target
 from weightkit.writer.executor import execute, peak_memory_bytes
 
@@ -299,6 +304,63 @@ def test_pain_12_another_architecture_is_named(model_type: str | None, way: str,
     assert "deepseek_v3 (V3, V3-0324, R1" in str(caught.value)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small products are slower on several threads, and far slower where these are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def to_int4(source: Path, folder: Path, tokens: np.ndarray, **options: Any) -> QuantizationReport:
+    """Quantize with these token ids [samples, seq_len]."""
+    np.save(folder.parent / "tokens.npy", tokens.astype(np.int32))
+    options = {"samples": tokens.shape[0], "seq_len": tokens.shape[1], "device": "cpu", "progress": False, **options}
+    report = quantize(source, folder, Settings(group_size=16), calibration=folder.parent / "tokens.npy", **options)
+    assert report is not None
+    return report
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_pain_13_experts_without_calibration_tokens(v3: Path, tmp_path: Path) -> None:
+    """One token has two of eight experts: the others are counted, rounded, and named, in the report and in words."""
+    report = to_int4(v3, tmp_path / "int4", np.array([[7]]))
+    starved = 0
+    for layer in report.layers[1:]:
+        assert sorted(layer.tokens_by_expert) == [0, 0, 0, 0, 0, 0, 1, 1]
+        for expert, tokens in enumerate(layer.tokens_by_expert):
+            matrices = [matrix for matrix in layer.matrices if matrix.expert == expert]
+            assert [matrix.tokens for matrix in matrices] == [tokens] * 3
+            assert {matrix.method for matrix in matrices} == {"gptq" if tokens else "rtn"}
+            assert {matrix.note for matrix in matrices} == {None if tokens else "no calibration token reached it"}
+            starved += not tokens
+    assert starved == 12
+    said = report.summary()
+    assert "12 modules saw no calibration tokens: model.layers.1.mlp.experts." in said
+    assert "36 matrices of 54 rounded to nearest instead of solved (no calibration token reached it)" in said
+    page = (tmp_path / "int4/quantization_report.html").read_text()
+    assert "no calibration token reached it" in page
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_pain_14_no_scale_that_f16_cannot_hold(tmp_path: Path) -> None:
+    """An int4 weight whose scale would be Inf in F16 is never written: it is refused, by its name."""
+    model = replace(V3, fp8=False)
+    write_tiny(tmp_path / "bf16", model)
+
+    def enlarge(tensors: Contents) -> None:
+        if EXPERT in tensors:
+            dtype, shape, data = tensors[EXPERT]
+            tensors[EXPERT] = (dtype, shape, b"\x00\x4b" + data[2:])  # 2^23 in BF16
+
+    edit(tmp_path / "bf16", enlarge)
+    with pytest.raises(QuantizationError, match=EXPERT.replace(".", r"\.")) as caught:
+        to_int4(tmp_path / "bf16", tmp_path / "int4", np.array([[7, 8, 9, 10]]))
+    assert "too large for scales in F16" in str(caught.value)
+    assert not (tmp_path / "int4/model.safetensors.index.json").exists()
+
+
 def test_pain_15_groups_are_never_split(tmp_path: Path) -> None:
     """512 columns are 8 groups of 64: 16 ranks would cut them. Told before a byte is read, with the way out."""
     write_tiny(tmp_path / "int4", replace(V3_INT4, experts=16, hidden=192, gptq=Gptq(group_size=64)))
@@ -363,6 +425,47 @@ def test_pain_16_a_killed_run_continues(v3: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == tree(write(wk.open_checkpoint(v3), tmp_path / "whole"))
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_pain_16_a_killed_quantization_continues(v3: Path, tmp_path: Path) -> None:
+    """Kill -9 in the second of two layers: the first is not solved again, and the result is as if nothing had
+    happened."""
+    tokens = np.arange(256).reshape(4, 64) % 61 % 64
+    code = (
+        "import os, signal, sys\n"
+        "import weightkit.quantization as q\n"
+        "from weightkit.quantization.solver import Solver\n"
+        "solve = Solver.solve\n"
+        "def dying(self, names, *rest):\n"
+        "    if names[0].startswith('model.layers.2.mlp.experts.3'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return solve(self, names, *rest)\n"
+        "Solver.solve = dying\n"
+        "settings = q.Settings(group_size=16)\n"
+        "options = dict(samples=4, seq_len=64, device='cpu', snapshot_layers=1, progress=False)\n"
+        "q.quantize(sys.argv[1], sys.argv[2], settings, calibration=sys.argv[3], **options)\n"
+    )
+    whole = to_int4(v3, tmp_path / "whole", tokens)
+    done = subprocess.run(
+        [sys.executable, "-c", code, v3, tmp_path / "out", tmp_path / "tokens.npy"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == -9
+    layer_1 = tmp_path / "out/model-00003-of-000005.safetensors"
+    before = layer_1.stat().st_mtime_ns
+    report = to_int4(v3, tmp_path / "out", tokens, snapshot_layers=1)
+    assert layer_1.stat().st_mtime_ns == before
+    assert report.resumed_layers == (1,)
+    assert [layer.matrices for layer in report.layers] == [layer.matrices for layer in whole.layers]
+    ours, theirs = (without_reports(tree(tmp_path / name)) for name in ("out", "whole"))
+    assert ours == theirs
+
+
+def without_reports(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Reports tell the time."""
+    return {name: content for name, content in files.items() if not name.startswith("quantization_report.")}
+
+
 def test_pain_17_numbers_of_layers_and_experts_come_from_the_config(tmp_path: Path) -> None:
     """61 layers, of which the last is not an MTP layer here, and 12 experts."""
     model = replace(V2_LITE, layers=63, experts=12, moe=8, intermediate=16, hidden=16, heads=2, kv_lora=8, shared=2)
@@ -418,6 +521,34 @@ def test_pain_19_nothing_in_between_and_space_checked_first(
     written = resource.getrusage(resource.RUSAGE_SELF).ru_oublock * 512 - before
     assert written < plan.bytes_written + (1 << 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "v3"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_pain_19_fp8_to_int4_has_no_bf16_in_between(v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies on the disk while it is quantized is the part of the output that is done, and no more of the rest than
+    a layer; space for all of it was checked before."""
+    tokens = np.arange(256).reshape(4, 64) % 64
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "free_disk_bytes", lambda place: 1 << 20)
+        with pytest.raises(SpaceError, match="not enough free space"):
+            to_int4(v3, tmp_path / "int4", tokens)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens.npy", "v3"]
+    solve, most = Solver.solve, 0
+
+    def watching(*arguments: Any) -> Any:
+        nonlocal most
+        found = [path for path in tmp_path.rglob("*") if path.is_file() and "v3" not in path.parts]
+        assert {path.parent.name for path in found} <= {tmp_path.name, "int4", ".weightkit", "quantization"}
+        most = max(most, sum(path.stat().st_size for path in found))
+        return solve(*arguments)
+
+    monkeypatch.setattr(Solver, "solve", watching)
+    report = to_int4(v3, tmp_path / "int4", tokens, snapshot_layers=0)
+    bf16 = sum(
+        2 * np.prod(shape, dtype=int) for shape in (shape for _, shape in replace(V3, fp8=False).tensors().values())
+    )
+    assert most < report.sizes.output_bytes + (1 << 16) < bf16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int4", "tokens.npy", "v3"]
 
 
 def test_pain_21_shards_of_any_name_and_whole_components(tmp_path: Path) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from folders import INDEX, read_published, without
 from quantizing import GROUPS, SMALL, check_output, exact_weights, integers, run, small, weight_files, write_tokens
 from tiny import KIMI, MOONLIGHT, V2_LITE, V3, V3_BF16, V31, Tiny, write_tiny
 
 import weightkit as wk
-from weightkit.quantization import QuantizationReport, Settings
+from weightkit import workspace
+from weightkit.cli.app import group
+from weightkit.generation import Runtime
+from weightkit.manifests.pico.questions import held_out
+from weightkit.quantization import QuantizationReport, Settings, default_calibration, load_calibration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,7 +199,7 @@ def test_a_checkpoint_object_and_calibration_from_memory(tmp_path: Path) -> None
     write_tiny(tmp_path / "source", SMALL)
     checkpoint = wk.keep_experts(wk.open_checkpoint(tmp_path / "source"), 4)
     tokens = write_tokens(tmp_path / "tokens.npy")
-    calibration = wk.quantization.load_calibration(tokens, None, samples=8, seq_len=64, vocab_size=64)
+    calibration = load_calibration(tokens, None, samples=8, seq_len=64, vocab_size=64)
     run(checkpoint, tmp_path / "a", calibration=calibration)
     run(checkpoint, tmp_path / "b", calibration=str(tokens))
     assert weight_files(tmp_path / "a") == weight_files(tmp_path / "b")
@@ -200,3 +207,65 @@ def test_a_checkpoint_object_and_calibration_from_memory(tmp_path: Path) -> None
     assert {name for name in read_published(tmp_path / "a") if ".experts.3." in name}
     assert not {name for name in read_published(tmp_path / "a") if ".experts.4." in name}
     assert check.experts == 4
+
+
+# --- pico, which is trained -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pico:
+    """pico in the workspace, by the command line without SRC and DST: as published, quantized, and rounded."""
+
+    published: Path
+    int4: Path
+    rounded: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    home = tmp_path_factory.mktemp("home")
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setenv("WEIGHTKIT_HOME", str(home))
+        for options in (["--samples", "8", "--seq-len", "256"], ["--method", "rtn", "-q"]):
+            group.main(["quantize", "--model", "pico", "--device", "cpu", *options], standalone_mode=False)
+    return Pico(workspace.source("pico"), home / "pico/int4", home / "pico/int4-rtn", said.getvalue())
+
+
+def test_pico_verifies(pico: Pico) -> None:
+    assert pico.said.startswith("pico: 102 matrices of 2 layers in int4 (gptq, groups of 128, scope experts), ")
+    for folder in (pico.int4, pico.rounded):
+        found = wk.verify(folder, values=True)
+        assert found.problems == ()
+        assert {check.name for check in found.checks if check.done} >= {"tensors", "checksums", "values"}
+    report = QuantizationReport.load(pico.int4 / "quantization_report.json")
+    assert report.title == "pico"
+    assert report.warnings == ()
+    assert report.calibration is not None
+    assert (report.calibration.samples, report.calibration.seq_len) == (8, 256)
+    assert [sum(layer.tokens_by_expert) for layer in report.layers] == [0, 4 * 2048, 4 * 2048]
+    for matrix in report.matrices:
+        assert matrix.error is not None
+        assert matrix.rounding_error is not None
+        assert matrix.error < 0.9 * matrix.rounding_error
+
+
+def test_pico_computes_as_before(pico: Pico) -> None:
+    """On text that it was not calibrated with its predictions are nearer to the source's than rounding's; answers to
+    held-out questions are right."""
+    data = default_calibration("pico")
+    text = load_calibration(data, pico.published, samples=8, seq_len=128, seed=9, vocab_size=512).tokens
+    questions, shares = held_out(2026, 1), {}
+    for folder in (pico.published, pico.int4, pico.rounded):
+        with Runtime(folder, device="cpu") as runtime:
+            shares[folder] = runtime.model(torch.from_numpy(text).long()).double().log_softmax(-1)
+            answers = [runtime.generate(question.prompt, max_new_tokens=32).text for question in questions]
+        assert sum(answer == asked.answer for answer, asked in zip(answers, questions, strict=True)) >= 11
+
+    def divergence(folder: Path) -> float:
+        exact = shares[pico.published]
+        return (exact.exp() * (exact - shares[folder])).sum(-1).mean().item()
+
+    assert divergence(pico.int4) < 0.6 * divergence(pico.rounded)
+    assert divergence(pico.int4) < 0.01
