@@ -43,8 +43,8 @@ def run(source: Path, target: Path, settings: Settings = GROUPS, **options: Any)
     tokens = target.parent / "tokens.npy"
     if not tokens.exists():
         write_tokens(tokens)
-    options = {"calibration": tokens, "samples": SAMPLES, "seq_len": SEQ_LEN, **options}
-    report = quantize(source, target, settings, device="cpu", progress=False, **options)
+    options = {"calibration": tokens, "samples": SAMPLES, "seq_len": SEQ_LEN, "device": "cpu", **options}
+    report = quantize(source, target, settings, progress=False, **options)
     assert report is not None
     return report
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from tiny import KIMI, MOONLIGHT, V2_LITE, V3, V3_BF16, V31, Tiny, write_tiny
 import weightkit as wk
 from weightkit import workspace
 from weightkit.cli.app import group
+from weightkit.errors import Interrupted, SpaceError
 from weightkit.generation import Runtime
 from weightkit.manifests.pico.questions import held_out
 from weightkit.quantization import QuantizationReport, Settings, default_calibration, load_calibration
+from weightkit.quantization.solver import Solver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,6 +210,46 @@ def test_a_checkpoint_object_and_calibration_from_memory(tmp_path: Path) -> None
     assert {name for name in read_published(tmp_path / "a") if ".experts.3." in name}
     assert not {name for name in read_published(tmp_path / "a") if ".experts.4." in name}
     assert check.experts == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scope", ["experts", "all"])
+def test_on_a_gpu(scope: str, tmp_path: Path) -> None:
+    """As good as on a CPU; the same bytes wherever the activations lie, and again where a run was continued."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    source = write_tiny(tmp_path / "source", SMALL)
+    settings = Settings(group_size=16, scope=scope)
+    reference = run(tmp_path / "source", tmp_path / "cpu", settings)
+    report = run(tmp_path / "source", tmp_path / "gpu", settings, device="cuda")
+    check_output(source, tmp_path / "gpu", SMALL, settings)
+    assert wk.verify(tmp_path / "gpu", values=True).problems == ()
+    ours, theirs = (sum(matrix.error or 0 for matrix in found.matrices) for found in (report, reference))
+    assert ours == pytest.approx(theirs, rel=0.1)
+    with stopped_in_the_last_layer(), pytest.raises(Interrupted):
+        run(tmp_path / "source", tmp_path / "again", settings, device="cuda", snapshot_layers=1)
+    run(tmp_path / "source", tmp_path / "again", settings, device="cuda", snapshot_layers=1)
+    assert weight_files(tmp_path / "again") == weight_files(tmp_path / "gpu")
+    with pytest.raises(SpaceError) as caught:
+        run(tmp_path / "source", tmp_path / "host", settings, device="cuda", gpu_memory=1)
+    needed = int((caught.value.expected or "").split()[2].replace(",", ""))
+    run(tmp_path / "source", tmp_path / "host", settings, device="cuda", gpu_memory=needed)
+    assert weight_files(tmp_path / "host") == weight_files(tmp_path / "gpu")
+
+
+@contextmanager
+def stopped_in_the_last_layer() -> Iterator[None]:
+    """Ctrl-C in the last layer."""
+    solve = Solver.solve
+
+    def stopping(solver: Solver, names: Sequence[str], *rest: Any) -> Any:
+        if names[0].startswith("model.layers.2.mlp.experts.5"):
+            raise KeyboardInterrupt
+        return solve(solver, names, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Solver, "solve", stopping)
+        yield
 
 
 # --- pico, which is trained -------------------------------------------------------------------------------------------
