@@ -24,6 +24,8 @@ All of it:
     plan                what a model takes of GPUs, disk and time, before it is fetched
     generate            text, from any layout and dtype
     fetch               from Hugging Face or ModelScope, resumable and verified
+    RayExecutor         to write with the nodes of a Ray cluster
+    RayReaders          to verify with them
     WeightkitError      the base of all errors that are raised on purpose
 
 Importing this imports no torch; what needs it imports it when called.
@@ -38,6 +40,8 @@ __version__ = "0.1.0"
 #: Public name to the module that defines it.
 _HOMES = {
     "Checkpoint": "weightkit.checkpoint",
+    "RayExecutor": "weightkit.cluster",
+    "RayReaders": "weightkit.cluster",
     "WeightkitError": "weightkit.errors",
     "cast": "weightkit.transforms",
     "fetch": "weightkit.hub",
@@ -56,6 +60,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from weightkit.checkpoint import Checkpoint
+    from weightkit.cluster import RayExecutor, RayReaders
     from weightkit.errors import WeightkitError
     from weightkit.examine.inspect import inspect
     from weightkit.examine.verify import verify
@@ -69,6 +74,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "RayExecutor",
+    "RayReaders",
     "WeightkitError",
     "cast",
     "fetch",

@@ -35,7 +35,13 @@ END_S = 15.0
 #: Lines of a rank that are kept in case it is the first to fail.
 LAST_LINES = 40
 #: A rank ends with the task that started it, whatever ends that: PR_SET_PDEATHSIG.
-_RANK = "import ctypes, runpy; ctypes.CDLL(None).prctl(1, 9); runpy.run_module('weightkit', run_name='__main__')"
+_RANK = """
+import ctypes, runpy
+system = ctypes.CDLL(None)
+if hasattr(system, "prctl"):
+    system.prctl(1, 9)
+runpy.run_module('weightkit', run_name='__main__')
+"""
 CONTINUE = "Run the same command again: it continues where it stopped."
 
 
