@@ -5,14 +5,6 @@
 in memory. The order of the sum over K alone is our own, in F32; with the same operands, config and device it is the
 same in every run (no atomics). Codes are decoded by integer arithmetic, on any GPU, or by one instruction where there
 is one (sm_89 and later), to the same bits. From ``DEQUANT_TOKENS`` tokens on the weight is dequantized to memory first.
-
-``w8a8=True`` is another computation, the one DeepSeek-V3 was trained and is served with (DeepSeek-V3 Technical Report,
-arXiv:2412.19437, 3.3): activations are quantized to E4M3 too, each token's blocks of 128 with a scale of their own;
-FP8 tensor cores multiply, and each block's sum, times both scales, is added in F32. It runs on FP8 tensor cores alone
-(sm_89 and later). Results differ from BF16's by some percent of their size, so that it is never chosen by itself: a
-comparison of logits wants the form without it.
-
-The tensor cores of Hopper add FP8 products with about 14 bits; only sums of a block's 128 are made so.
 """
 
 # Triton compiles functions that cannot carry annotations; everything else in this file does.
@@ -28,7 +20,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear
 
-from weightkit.errors import DeviceError, PlanError, ScaleError
+from weightkit.errors import PlanError, ScaleError
 from weightkit.kernels import fp8_dequant
 from weightkit.kernels.gemm_plan import (
     BITS_DTYPE,
@@ -46,13 +38,10 @@ from weightkit.kernels.gemm_plan import (
 )
 
 BLOCK = 128
-"""Rows and columns of a weight, and inputs of a token, that share a scale."""
-
-LARGEST = 448.0
-"""The largest E4M3."""
+"""Rows and columns of a weight that share a scale."""
 
 FP8_CAPABILITY = (8, 9)
-"""The first GPUs that have FP8 tensor cores, and E4M3 among their conversions."""
+"""The first GPUs that have E4M3 among their conversions."""
 
 
 def choose_config(tokens: int) -> TileConfig:
@@ -64,15 +53,6 @@ def choose_config(tokens: int) -> TileConfig:
     return TileConfig(128, columns=128, depth=64, num_warps=8, num_stages=3, weights_left=True)
 
 
-def choose_w8a8_config(tokens: int) -> TileConfig:
-    """The same for ``w8a8``, whose steps are blocks: ``depth`` is 128."""
-    if tokens <= 32:
-        return TileConfig(max(16, triton.next_power_of_2(tokens)), columns=64, depth=128, num_stages=4)
-    if tokens <= 64:
-        return TileConfig(64, columns=64, depth=128, num_stages=4, weights_left=True)
-    return TileConfig(128, columns=128, depth=128, num_warps=8, num_stages=4, weights_left=True)
-
-
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (on CPU tensors), as ``TRITON_INTERPRET=1`` asks at import."""
     return not isinstance(_matrix_kernel, triton.runtime.JITFunction)
@@ -82,32 +62,11 @@ def interpreted() -> bool:
 
 
 @triton.jit
-def _larger(left, right):
-    """For ``tl.reduce``: its ready-made maximum is not interpreted where this file alone is."""
-    return tl.maximum(left, right)
-
-
-@triton.jit
 def _decode_e4m3(code):
     """uint8 codes -> their F32 values, exactly. As in ``fp8_dequant``, where it is explained."""
     bits = (code.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
     value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
     return (value * 7.476907478789996e35) * 0.0 + value  # 1.125 * 2**119, with which NaN's 480 alone overflows
-
-
-@triton.jit
-def _encode_e4m3(value):
-    """F32 of magnitude up to 448, or NaN -> uint8 codes, to nearest even. Integer arithmetic, so that every device and
-    the interpreter give the same."""
-    bits = value.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    # below 2**-6 codes count 2**-9; added to 2**23, a number is rounded to whole ones
-    counted = magnitude.to(tl.float32, bitcast=True) * 512.0 + 8388608.0
-    small = counted.to(tl.int32, bitcast=True) - 0x4B000000
-    code = tl.where(magnitude < 0x3C800000, small, tl.minimum(normal, 0x7E))
-    code = tl.where(magnitude > 0x7F800000, 0x7F, code) | ((bits >> 24) & 0x80)
-    return code.to(tl.uint8)
 
 
 @triton.jit
@@ -147,8 +106,8 @@ def _store(out, value, mask, KIND: tl.constexpr, HARDWARE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "total_rows", "steps", "scale_columns"])
 def _matrix_kernel(
-    x, x_scales, codes, scales, out, table, rows, total_rows, steps, N, K, scale_columns,
-    TABLE: tl.constexpr, ALIGNED: tl.constexpr, W8A8: tl.constexpr, WHOLE: tl.constexpr,
+    x, codes, scales, out, table, rows, total_rows, steps, N, K, scale_columns,
+    TABLE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
     KIND: tl.constexpr, OUT_KIND: tl.constexpr, HARDWARE: tl.constexpr, NATIVE: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
     LEFT: tl.constexpr, BLOCK: tl.constexpr,
@@ -163,8 +122,7 @@ def _matrix_kernel(
     from 64 on (Hopper's) on the left alone.
 
     steps: what a split takes, along K; STEPS, the same for the interpreter, some of which loop over no other number.
-    W8A8: x is uint8 codes, and x_scales [., scale_columns] F32. NATIVE: the device converts E4M3. WHOLE: K is just what
-    the splits take.
+    NATIVE: the device converts E4M3. WHOLE: K is just what the splits take.
     """
     column_tiles = (N + COLUMNS - 1) // COLUMNS
     token_tiles = (rows + TOKENS - 1) // TOKENS
@@ -215,27 +173,14 @@ def _matrix_kernel(
             values = tl.load(inputs + first, mask=present & (k_of_x < K - first), other=0)
             factor = tl.load(factors + first // BLOCK, mask=(flat_n < N) & (first < K), other=0.0)
         factor = factor[:, None] if LEFT else factor[None, :]
-        if W8A8:
-            at = x_scales + (first_x + token) * scale_columns + first // BLOCK
-            token_factor = tl.load(at, mask=present & (first < K), other=0.0)
-            if HARDWARE:
-                code, values = code.to(tl.float8e4nv, bitcast=True), values.to(tl.float8e4nv, bitcast=True)
-            else:
-                code, values = _decode_e4m3(code), _decode_e4m3(values)
-            if LEFT:
-                part = tl.dot(code, values, input_precision="ieee")
-            else:
-                part = tl.dot(values, code, input_precision="ieee")
-            total += part * token_factor * factor
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE else _decode_e4m3(code)
+        if not HARDWARE:
+            values = values.to(tl.float32)
+        weight = _rounded(value * factor, KIND, HARDWARE)
+        if LEFT:
+            total = tl.dot(weight, values, total, input_precision="ieee")
         else:
-            value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE else _decode_e4m3(code)
-            if not HARDWARE:
-                values = values.to(tl.float32)
-            weight = _rounded(value * factor, KIND, HARDWARE)
-            if LEFT:
-                total = tl.dot(weight, values, total, input_precision="ieee")
-            else:
-                total = tl.dot(values, weight, total, input_precision="ieee")
+            total = tl.dot(values, weight, total, input_precision="ieee")
 
     at = out + (split.to(tl.int64) * total_rows + first_out + token) * N + n
     _store(at, total, present & known, OUT_KIND, HARDWARE)
@@ -256,29 +201,6 @@ def _sum_kernel(
     _store(out + place, total, inside, KIND, HARDWARE)
 
 
-@triton.jit
-def _quantize_kernel(
-    x, codes, scales, rows, K, scale_columns,
-    POWERS: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """x [rows, K] -> codes [rows, K] uint8, scales [rows, scale_columns] F32; a program: ROWS rows of one block."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row[:, None] < rows) & (column[None, :] < K)
-    place = row[:, None].to(tl.int64) * K + column[None, :]
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    # by their bits: magnitudes order like integers, and NaN is above all
-    magnitude = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.reduce(magnitude, 1, _larger).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(largest, LARGEST)
-    if POWERS:
-        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-        scale = bits.to(tl.float32, bitcast=True)
-    scale = tl.where(largest == 0.0, 1.0, scale)
-    tl.store(codes + place, _encode_e4m3(tl.div_rn(value, scale[:, None])), mask=inside)
-    tl.store(scales + row.to(tl.int64) * scale_columns + tl.program_id(1), scale, mask=row < rows)
-
-
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +209,6 @@ def fp8_linear(
     codes: torch.Tensor,
     scale: torch.Tensor,
     *,
-    w8a8: bool = False,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
     """``F.linear(x, w)`` with a block-scaled FP8 weight.
@@ -296,10 +217,8 @@ def fp8_linear(
         x: [..., K], BF16, F16 or F32. Weights are rounded to BF16 and then taken in x's dtype.
         codes: [N, K], F8_E4M3 or uint8.
         scale: F32 [ceil(N / 128), ceil(K / 128)], ``weight_scale_inv``.
-        w8a8: quantize the activations too, and multiply in FP8. Another result: see the head of this file.
-        config: shape of the tiles, which then serve for any number of tokens. By default ``choose_config`` (or
-            ``choose_w8a8_config``) finds one, and without ``w8a8`` the weight is dequantized to memory first from
-            ``DEQUANT_TOKENS`` tokens on, 2 * N * K bytes.
+        config: shape of the tiles, which then serve for any number of tokens. By default ``choose_config`` finds one,
+            and from ``DEQUANT_TOKENS`` tokens on the weight is dequantized to memory first, 2 * N * K bytes.
 
     Returns:
         [..., N] in x's dtype, on the current stream. On a CPU without Triton's interpreter: the reference's.
@@ -307,15 +226,14 @@ def fp8_linear(
     Raises:
         ScaleError: a scale that does not fit.
         PlanError: any other dtype, shape, layout or device that cannot be.
-        DeviceError: ``w8a8`` on a GPU without FP8 tensor cores.
     """
-    flat = _checked(x, [codes], [scale], w8a8, config)
+    flat = _checked(x, [codes], [scale], config)
     if not flat.is_cuda and not interpreted():
-        found = fp8_linear_reference(flat, codes, scale, w8a8=w8a8)
-    elif config is None and not w8a8 and len(flat) >= DEQUANT_TOKENS and flat.is_cuda:
+        found = fp8_linear_reference(flat, codes, scale)
+    elif config is None and len(flat) >= DEQUANT_TOKENS and flat.is_cuda:
         found = linear(flat, fp8_dequant.dequant(codes, scale, torch.bfloat16).to(x.dtype))
     else:
-        found = _launch(flat, [codes], [scale], None, None, w8a8, config)
+        found = _launch(flat, [codes], [scale], None, None, config)
     return found.view(*x.shape[:-1], len(codes))
 
 
@@ -326,7 +244,6 @@ def fp8_experts(
     counts: Sequence[int],
     *,
     starts: Sequence[int] | None = None,
-    w8a8: bool = False,
     config: TileConfig | None = None,
 ) -> torch.Tensor:
     """Products with several weights of one shape, each with some of x's rows, in one launch (or two).
@@ -338,7 +255,7 @@ def fp8_experts(
         codes, scales: of each expert, as for :func:`fp8_linear`.
         counts: rows of each, on the host; may be 0.
         starts: the first row of each; by default they follow each other.
-        w8a8, config: as for :func:`fp8_linear`.
+        config: as for :func:`fp8_linear`.
 
     Returns:
         [sum(counts), N]: the experts' outputs one after the other, in the order of the list.
@@ -348,50 +265,19 @@ def fp8_experts(
     """
     if not codes:
         raise PlanError("a product with no weights has no outputs", fix="Leave experts without tokens to the caller.")
-    flat = _checked(x, codes, scales, w8a8, config)
+    flat = _checked(x, codes, scales, config)
     first = check_jobs(len(flat), len(codes), len(scales), starts, counts)
     if sum(counts) == 0:
         return x.new_empty((0, len(codes[0])))
     on_cpu = not flat.is_cuda and not interpreted()
-    if not on_cpu and (w8a8 or config is not None or max(counts) < DEQUANT_TOKENS):
-        return _launch(flat, codes, scales, first, counts, w8a8, config)
+    if not on_cpu and (config is not None or max(counts) < DEQUANT_TOKENS):
+        return _launch(flat, codes, scales, first, counts, config)
     parts = [
-        fp8_linear(flat[start : start + count], code, scale, w8a8=w8a8)
+        fp8_linear(flat[start : start + count], code, scale)
         for code, scale, start, count in zip(codes, scales, first, counts, strict=True)
         if count
     ]
     return torch.cat(parts)
-
-
-def quantize_activations(x: torch.Tensor, *, powers_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations in E4M3, each token's blocks of 128 by their largest magnitude: ``scale = largest / 448``.
-
-    Args:
-        x: [rows, K], BF16, F16 or F32, contiguous.
-        powers_of_two: scales rounded up to powers of two (``scale_fmt`` ``ue8m0`` of DeepSeek-V3.1).
-
-    Returns:
-        codes uint8 [rows, K], scales F32 [rows, ceil(K / 128)]: value = code * scale. A block of zeros has the scale 1
-        (the published code divides by zero there). A block that holds NaN or Inf is NaN.
-
-    Raises:
-        PlanError: another dtype or shape.
-    """
-    _check_activations(x)
-    if not x.is_cuda and not interpreted():
-        return quantize_activations_reference(x, powers_of_two=powers_of_two)
-    rows, inputs = x.shape
-    columns = triton.cdiv(inputs, BLOCK)
-    codes = torch.empty((rows, inputs), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((rows, columns), dtype=torch.float32, device=x.device)
-    if codes.numel():
-        height = 1 if rows == 1 else 16
-        with on_device(x):
-            _quantize_kernel[(triton.cdiv(rows, height), columns)](
-                x, codes, scales, rows, inputs, columns,
-                POWERS=powers_of_two, LARGEST=LARGEST, ROWS=height, BLOCK=BLOCK, num_warps=1 if height == 1 else 4,
-            )  # fmt: skip
-    return codes, scales
 
 
 def _launch(
@@ -400,7 +286,6 @@ def _launch(
     scales: Sequence[torch.Tensor],
     starts: Sequence[int] | None,
     counts: Sequence[int] | None,
-    w8a8: bool,
     config: TileConfig | None,
 ) -> torch.Tensor:
     """One weight with all of x [rows, K], or the jobs of a table where there are ``starts`` and ``counts``."""
@@ -409,7 +294,7 @@ def _launch(
     out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     if out.numel() == 0 or inputs == 0:
         return out.zero_()
-    config = config or (choose_w8a8_config if w8a8 else choose_config)(len(x) if counts is None else max(counts))
+    config = config or choose_config(len(x) if counts is None else max(counts))
     table: torch.Tensor | None = None
     if counts is not None and starts is not None:
         table = job_table(codes, scales, starts, counts, config.tokens)
@@ -417,28 +302,25 @@ def _launch(
     tiles = triton.cdiv(n, config.columns) * token_tiles
     split = split_of(config, tiles, triton.cdiv(inputs, config.depth), x.device)
     parts = out if split.parts == 1 else torch.empty((split.parts, rows, n), dtype=torch.float32, device=x.device)
-    kind = KINDS[x.dtype]
-    values, x_scales = quantize_activations(x) if w8a8 else (x, scales[0])
-    stages = stages_of(config, config.depth * (config.tokens * values.element_size() + config.columns), x.device)
+    stages = stages_of(config, config.depth * (config.tokens * x.element_size() + config.columns), x.device)
     with on_device(x):
         _matrix_kernel[(tiles, split.parts)](
-            values, x_scales, codes[0].view(torch.uint8), scales[0], parts.view(BITS_DTYPE[parts.dtype]),
+            x, codes[0].view(torch.uint8), scales[0], parts.view(BITS_DTYPE[parts.dtype]),
             scales[0] if table is None else table, rows, rows, split.steps, n, inputs, scales[0].shape[1],
             TABLE=table is not None, ALIGNED=table is not None and inputs % 16 == 0 and aligned(codes, scales),
             WHOLE=inputs == split.parts * split.steps * config.depth,
             OUT_KIND=KINDS[parts.dtype], STEPS=split.steps if interpreted() else 0, STAGES=stages,
             num_warps=config.num_warps, num_stages=stages,
-            **_options(kind, w8a8, _converts_fp8(x.device), config),
+            **_options(KINDS[x.dtype], _converts_fp8(x.device), config),
         )  # fmt: skip
         if split.parts > 1:
             _sum_parts(parts, out)
     return out
 
 
-def _options(kind: str, w8a8: bool, converts_fp8: bool, config: TileConfig) -> dict[str, Any]:
+def _options(kind: str, converts_fp8: bool, config: TileConfig) -> dict[str, Any]:
     hardware = not interpreted() and torch.version.hip is None
     return {
-        "W8A8": w8a8,
         "KIND": kind,
         "HARDWARE": hardware,
         "NATIVE": hardware and converts_fp8,
@@ -467,7 +349,6 @@ def _checked(
     x: torch.Tensor,
     codes: Sequence[torch.Tensor],
     scales: Sequence[torch.Tensor],
-    w8a8: bool,
     config: TileConfig | None,
 ) -> torch.Tensor:
     """Refuse what the kernels would misread; return x as contiguous rows."""
@@ -487,73 +368,25 @@ def _checked(
                 expected=f"torch.float32 {blocks}",
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
-    if config and (config.columns > BLOCK or config.depth > BLOCK or (w8a8 and config.depth != BLOCK)):
+    if config and (config.columns > BLOCK or config.depth > BLOCK):
         raise PlanError(
             "a tile of an FP8 product lies in one row of scales, and a step in one column",
-            expected=f"columns up to {BLOCK}, depth {'of' if w8a8 else 'up to'} {BLOCK}",
+            expected=f"columns and depth up to {BLOCK}",
             found=f"columns {config.columns}, depth {config.depth}",
         )
     check_rows(x, inputs)
     check_place([x, *codes, *scales])
-    if w8a8 and x.is_cuda and not _converts_fp8(x.device):
-        raise DeviceError(
-            "w8a8 needs FP8 tensor cores",
-            expected="compute capability 8.9 or later",
-            found=".".join(map(str, torch.cuda.get_device_capability(x.device))),
-            fix="Leave w8a8 out: weights are then decoded to BF16, on any GPU.",
-        )
     return x.reshape(-1, inputs).contiguous()
-
-
-def _check_activations(x: torch.Tensor) -> None:
-    if x.dtype not in KINDS or x.dim() != 2 or not x.is_contiguous():
-        raise PlanError(
-            "activations that cannot be quantized",
-            expected=f"{', '.join(map(str, KINDS))}, [rows, K], contiguous",
-            found=f"{x.dtype} {list(x.shape)}",
-        )
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
-def fp8_linear_reference(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, *, w8a8: bool = False
-) -> torch.Tensor:
-    """The definition in plain torch, both forms, with sums in F32. Arguments as for :func:`fp8_linear`.
+def fp8_linear_reference(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The definition in plain torch, with sums in F32. Arguments as for :func:`fp8_linear`.
 
     Returns:
         [..., N] in x's dtype. Takes 16 bytes a weight on the way: not for large ones.
     """
-    if not w8a8:
-        weight = fp8_dequant.dequant_reference(codes, scale, torch.bfloat16).to(x.dtype)
-        return linear(x.float(), weight.float()).to(x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    quantized, x_scales = quantize_activations_reference(flat)
-    rows = quantized.view(torch.float8_e4m3fn).float()
-    weight = codes.view(torch.float8_e4m3fn).float()
-    factors = scale.repeat_interleave(BLOCK, dim=0)[: len(codes)]
-    total = rows.new_zeros(len(rows), len(codes))
-    for block in range(scale.shape[1]):
-        part = slice(block * BLOCK, (block + 1) * BLOCK)
-        total += linear(rows[:, part], weight[:, part]) * x_scales[:, block, None] * factors[:, block]
-    return total.to(x.dtype).view(*x.shape[:-1], len(codes))
-
-
-def quantize_activations_reference(
-    x: torch.Tensor, *, powers_of_two: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`quantize_activations` in plain torch, to the same bits."""
-    _check_activations(x)
-    rows, inputs = x.shape
-    short = -inputs % BLOCK
-    blocks = torch.nn.functional.pad(x.float(), (0, short)).view(rows, -1, BLOCK)
-    largest = blocks.abs().amax(dim=2)
-    scales = largest / LARGEST
-    if powers_of_two:
-        mantissa, exponent = torch.frexp(scales)
-        exponent = exponent - (mantissa == 0.5).int()
-        scales = torch.ldexp(torch.ones_like(scales), exponent)
-    scales = torch.where(largest == 0, 1.0, scales)
-    codes = (blocks / scales[:, :, None]).to(torch.float8_e4m3fn).view(torch.uint8)
-    return codes.view(rows, -1)[:, :inputs].contiguous(), scales
+    weight = fp8_dequant.dequant_reference(codes, scale, torch.bfloat16).to(x.dtype)
+    return linear(x.float(), weight.float()).to(x.dtype)

@@ -24,23 +24,24 @@ import weightkit
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 """Half a unit in the last place, as a fraction of the value."""
 
+SUM_ROUNDING = 2.0**-23
+"""Of a sum in F32, as a fraction of its terms' magnitudes: what each addition may lose."""
+
 SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 
 
-def assert_within_bound(
-    found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, sum_rounding: float = 2.0**-23
-) -> None:
+def assert_within_bound(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
     """``found`` [T, N] against x [T, K] times ``weight`` [N, K], exact values in any dtype."""
     rows, matrix = x.double(), weight.double()
     exact, magnitudes = rows @ matrix.T, rows.abs() @ matrix.abs().T
     rounding = ROUNDING[found.dtype]
     off = found.double() - exact
-    bound = (x.shape[1] + 1) * sum_rounding * magnitudes + rounding * exact.abs() + SMALLEST[found.dtype]
+    bound = (x.shape[1] + 1) * SUM_ROUNDING * magnitudes + rounding * exact.abs() + SMALLEST[found.dtype]
     worst = int((off.abs() - bound).argmax())
     where = [worst // found.shape[1], worst % found.shape[1]]
     assert (off.abs() <= bound).all(), f"at {where}: found {found.flatten()[worst]}, exact {exact.flatten()[worst]}"
     size = float(magnitudes.square().mean().sqrt())
-    likely = rounding * float(exact.square().mean().sqrt()) + (x.shape[1] + 1) ** 0.5 * sum_rounding * size
+    likely = rounding * float(exact.square().mean().sqrt()) + (x.shape[1] + 1) ** 0.5 * SUM_ROUNDING * size
     assert float(off.square().mean().sqrt()) <= likely
 
 

@@ -6,13 +6,13 @@
 Shapes [N, K] are DeepSeek-V3's: an expert's gate (or up) and down, a dense layer's gate, o_proj, q_b_proj, lm_head.
 Contenders give [T, N] of the same x [T, K] BF16:
 
-- ``bf16``: ``F.linear`` with the dequantized weight; ``int4``, ``fp8``, ``w8a8``: ours, as they choose their own tiles
+- ``bf16``: ``F.linear`` with the dequantized weight; ``int4``, ``fp8``: ours, as they choose their own tiles
 - ``int4 + bf16``, ``fp8 + bf16``: dequantized to memory by ours, then ``F.linear``
 
 A run is timed by events around launches that were queued before it began; the L2 is overwritten before each. The
 ceiling is the larger of two times: the bytes that must move (weight as stored, x, output; for ``+ bf16`` too, although
-that moves more) over a device copy's rate, and 2 T N K over the rate of a large BF16 product, both measured here;
-``w8a8``'s over that of a large FP8 product, where torch has one. GB/s and TFLOP/s count the same bytes and operations.
+that moves more) over a device copy's rate, and 2 T N K over the rate of a large BF16 product, both measured here.
+GB/s and TFLOP/s count the same bytes and operations.
 
 The last table is a token's experts: 8 of them with one row each, in one launch, in one for each, and in BF16.
 """
@@ -40,6 +40,7 @@ from weightkit.kernels.gemm_plan import TileConfig
 
 SHAPES = [(2048, 7168), (7168, 2048), (18432, 7168), (7168, 16384), (24576, 1536), (129280, 7168)]
 TOKENS = [1, 4, 16, 64, 4096]
+KERNELS = ["int4", "fp8"]
 SWEEP_SHAPES = [(2048, 7168), (7168, 2048), (7168, 16384)]
 GROUP = 128
 EXPERTS = 8
@@ -81,27 +82,17 @@ class Ceilings:
 
     copy: float
     bf16: float
-    fp8: float
 
     @classmethod
     def measured(cls, timer: Timer) -> Ceilings:
         source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").fill_(1)
         copy = 2 * source.numel() / timer(partial(torch.empty_like(source).copy_, source))
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        operations = 2.0 * 8192**3
-        bf16 = operations / timer(lambda: a @ b.T)
-        try:
-            eight = [m.to(torch.float8_e4m3fn) for m in (a, b)]
-            one = torch.ones((), device="cuda")
-            multiply = partial(torch._scaled_mm, eight[0], eight[1].T, one, one, out_dtype=torch.bfloat16)
-            fp8 = operations / timer(multiply)
-        except (RuntimeError, ValueError, TypeError) as error:
-            print(f"no FP8 product of torch's: {error}")
-            fp8 = bf16
-        return cls(copy, bf16, fp8)
+        bf16 = 2.0 * 8192**3 / timer(lambda: a @ b.T)
+        return cls(copy, bf16)
 
-    def seconds(self, size_bytes: float, operations: float, name: str) -> float:
-        return max(size_bytes / self.copy, operations / (self.fp8 if name == "w8a8" else self.bf16))
+    def seconds(self, size_bytes: float, operations: float) -> float:
+        return max(size_bytes / self.copy, operations / self.bf16)
 
 
 # --- operands ---------------------------------------------------------------------------------------------------------
@@ -128,7 +119,7 @@ class Weights:
 
     def launches(self, x: torch.Tensor) -> dict[str, tuple[Launch, int]]:
         """Name -> what to run, and the bytes of the weight that it must read."""
-        found: dict[str, tuple[Launch, int]] = {
+        return {
             "bf16": (lambda: linear(x, self.bf16), _size(self.bf16)),
             "int4": (lambda: int4_gemm.int4_linear(x, self.qweight, self.scales, group_size=GROUP), self.int4_bytes),
             "int4 + bf16": (
@@ -141,15 +132,12 @@ class Weights:
                 self.fp8_bytes,
             ),
         }
-        if has_fp8():
-            found["w8a8"] = (lambda: fp8_gemm.fp8_linear(x, self.codes, self.scale, w8a8=True), self.fp8_bytes)
-        return found
 
     def run(self, kernel: str, x: torch.Tensor, config: TileConfig) -> object:
         """One of ours with these tiles."""
         if kernel == "int4":
             return int4_gemm.int4_linear(x, self.qweight, self.scales, group_size=GROUP, config=config)
-        return fp8_gemm.fp8_linear(x, self.codes, self.scale, w8a8=kernel == "w8a8", config=config)
+        return fp8_gemm.fp8_linear(x, self.codes, self.scale, config=config)
 
     @property
     def int4_bytes(self) -> int:
@@ -164,20 +152,12 @@ def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def has_fp8() -> bool:
-    return torch.cuda.get_device_capability() >= fp8_gemm.FP8_CAPABILITY
-
-
 def activations(tokens: int, k: int) -> torch.Tensor:
     return torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
 
 
 def choose(kernel: str, tokens: int) -> TileConfig:
-    chosen = {
-        "int4": int4_gemm.choose_config,
-        "fp8": fp8_gemm.choose_config,
-        "w8a8": fp8_gemm.choose_w8a8_config,
-    }[kernel]
+    chosen = {"int4": int4_gemm.choose_config, "fp8": fp8_gemm.choose_config}[kernel]
     return chosen(tokens)
 
 
@@ -218,8 +198,7 @@ def _compile_one(case: Case) -> str:
 
 
 def bench(timer: Timer, ceilings: Ceilings) -> None:
-    kernels = ["int4", "fp8", "w8a8"] if has_fp8() else ["int4", "fp8"]
-    compile_cases([(kernel, tokens, None) for kernel in kernels for tokens in TOKENS])
+    compile_cases([(kernel, tokens, None) for kernel in KERNELS for tokens in TOKENS])
     print(
         "\n| N x K | T | | us | GB/s | TFLOP/s | of the ceiling | of bf16's time |\n|---|---|---|---|---|---|---|---|"
     )
@@ -241,7 +220,7 @@ def print_case(timer: Timer, ceilings: Ceilings, weights: Weights, x: torch.Tens
         size_bytes, operations = weight_bytes + 2 * tokens * (n + k), 2.0 * tokens * n * k
         print(
             f"| {n} x {k} | {tokens} | {name} | {seconds * 1e6:.1f} | {size_bytes / seconds * 1e-9:.0f} | "
-            f"{operations / seconds * 1e-12:.1f} | {ceilings.seconds(size_bytes, operations, name) / seconds:.2f} | "
+            f"{operations / seconds * 1e-12:.1f} | {ceilings.seconds(size_bytes, operations) / seconds:.2f} | "
             f"{seconds / reference_s:.2f} |",
             flush=True,
         )
@@ -284,19 +263,12 @@ def expert_cases(weights: list[Weights], x: torch.Tensor) -> Iterator[tuple[str,
         each(lambda w, row: int4_gemm.int4_linear(row, w.qweight, w.scales, group_size=GROUP)),
         int4_bytes,
     )
-    for w8a8 in (False, True) if has_fp8() else (False,):
-        name = "w8a8" if w8a8 else "fp8"
-        yield (
-            f"{name}, one launch",
-            partial(fp8_gemm.fp8_experts, x, codes, factors, counts, starts=starts, w8a8=w8a8),
-            fp8_bytes,
-        )
-        run_one = partial(_fp8_row, w8a8=w8a8)
-        yield f"{name}, each", each(run_one), fp8_bytes
-
-
-def _fp8_row(weights: Weights, row: torch.Tensor, *, w8a8: bool) -> object:
-    return fp8_gemm.fp8_linear(row, weights.codes, weights.scale, w8a8=w8a8)
+    yield (
+        "fp8, one launch",
+        lambda: fp8_gemm.fp8_experts(x, codes, factors, counts, starts=starts),
+        fp8_bytes,
+    )
+    yield "fp8, each", each(lambda w, row: fp8_gemm.fp8_linear(row, w.codes, w.scale)), fp8_bytes
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -304,7 +276,7 @@ def _fp8_row(weights: Weights, row: torch.Tensor, *, w8a8: bool) -> object:
 
 def sweep_configs(kernel: str, tokens: int) -> list[TileConfig]:
     """Tiles worth trying; ours by default is the first."""
-    depths = {"int4": (16, 32), "fp8": (64, 128), "w8a8": (128,)}[kernel]
+    depths = {"int4": (16, 32), "fp8": (64, 128)}[kernel]
     found = [choose(kernel, tokens)]
     if tokens <= 32:
         rows = max(16, tokens)
@@ -318,7 +290,7 @@ def sweep_configs(kernel: str, tokens: int) -> list[TileConfig]:
         found += [TileConfig(32, columns, depths[0], num_stages=4) for columns in (64, 128)]
         found += [replace(found[0], splits=splits) for splits in (1, 2, 4, 8)]
     else:
-        widest = {"int4": 256, "fp8": 128, "w8a8": 128}[kernel]
+        widest = {"int4": 256, "fp8": 128}[kernel]
         for rows, columns, warps, stages in product((128, 256), (64, 128, 256), (4, 8), (3, 4)):
             if columns <= widest and 8192 <= rows * columns <= 32768:
                 for depth in depths:
@@ -340,7 +312,7 @@ def sweep(timer: Timer, ceilings: Ceilings, only: Sequence[str], token_counts: S
         for kernel, tokens in product(only, token_counts):
             x = activations(tokens, k)
             weight_bytes = weights.int4_bytes if kernel == "int4" else weights.fp8_bytes
-            least = ceilings.seconds(weight_bytes + 2 * tokens * (n + k), 2.0 * tokens * n * k, kernel)
+            least = ceilings.seconds(weight_bytes + 2 * tokens * (n + k), 2.0 * tokens * n * k)
             times: dict[TileConfig, float] = {}
             for config in sweep_configs(kernel, tokens):
                 try:
@@ -369,16 +341,13 @@ def describe(config: TileConfig) -> str:
 def print_machine(ceilings: Ceilings) -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
     print(f"{torch.cuda.get_device_name()}; {versions}; Python {platform.python_version()}")
-    print(
-        f"copy {ceilings.copy * 1e-9:.0f} GB/s (read and written), BF16 product {ceilings.bf16 * 1e-12:.0f} TFLOP/s, "
-        f"FP8 product {ceilings.fp8 * 1e-12:.0f} TFLOP/s"
-    )
+    print(f"copy {ceilings.copy * 1e-9:.0f} GB/s (read and written), BF16 product {ceilings.bf16 * 1e-12:.0f} TFLOP/s")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="try tile shapes, and print the best three of each case")
-    parser.add_argument("--kernels", default="int4,fp8,w8a8", help="which to sweep (default: %(default)s)")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="which to sweep (default: %(default)s)")
     parser.add_argument("--tokens", default="1,16,64,4096", help="token counts to sweep (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -387,8 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ceilings = Ceilings.measured(timer)
     print_machine(ceilings)
     if options.sweep:
-        kernels = [name for name in options.kernels.split(",") if name != "w8a8" or has_fp8()]
-        sweep(timer, ceilings, kernels, [int(count) for count in options.tokens.split(",")])
+        sweep(timer, ceilings, options.kernels.split(","), [int(count) for count in options.tokens.split(",")])
     else:
         bench(timer, ceilings)
 

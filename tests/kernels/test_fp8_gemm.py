@@ -1,5 +1,4 @@
-"""Products with FP8 weights: each weight bit for bit, sums within the bound of their order, the same in every run; and
-the form that quantizes activations, against its definition."""
+"""Products with FP8 weights: each weight bit for bit, sums within the bound of their order, the same in every run."""
 
 from __future__ import annotations
 
@@ -22,11 +21,8 @@ from weightkit.kernels.gemm_plan import TileConfig
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SMALL = TileConfig(tokens=16, columns=32, depth=32, splits=1, num_warps=1, num_stages=2)
-SMALL_W8A8 = TileConfig(tokens=16, columns=32, depth=128, splits=1, num_warps=1, num_stages=2)
 LEFT = TileConfig(tokens=16, columns=64, depth=64, splits=2, num_warps=4, num_stages=2, weights_left=True)
 REAL_SHAPES = [(2048, 7168), (7168, 2048), (18432, 7168), (7168, 16384), (24576, 1536)]
-HOPPER_SUM = 2.0**-13
-"""FP8 tensor cores keep about 14 bits of a sum (DeepSeek-V3 Technical Report, 3.3.2)."""
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +48,6 @@ def device(kernels: ModuleType) -> torch.device:
     return torch.device("cpu" if kernels.interpreted() else "cuda")
 
 
-@pytest.fixture
-def w8a8_device(kernels: ModuleType, device: torch.device) -> torch.device:
-    if device.type == "cuda" and not fp8_gemm._converts_fp8(device):
-        pytest.skip("no FP8 tensor cores")
-    return device
-
-
 def operands(n: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes without NaN, and scales of the size that checkpoints have."""
     codes, scale = random_operands(n, k)
@@ -79,15 +68,6 @@ def seen(found: torch.Tensor) -> list[int]:
     """The bits, on the host."""
     integers = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[found.dtype.itemsize]
     return found.cpu().contiguous().view(integers).flatten().tolist()
-
-
-def w8a8_exact(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum and sum of magnitudes, F64, of activations and weights as they are quantized, all blocks at once."""
-    quantized, x_scale = fp8_gemm.quantize_activations_reference(x)
-    each = quantized.view(torch.float8_e4m3fn).double() * x_scale.double().repeat_interleave(128, 1)[:, : x.shape[1]]
-    factor = scale.double().repeat_interleave(128, 0)[: len(codes)].repeat_interleave(128, 1)[:, : x.shape[1]]
-    weight = codes.view(torch.float8_e4m3fn).double() * factor
-    return each @ weight.T, each.abs() @ weight.abs().T
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -160,102 +140,21 @@ def test_weights_that_are_no_numbers_show(kernels: ModuleType, device: torch.dev
     assert found[:, [0, 1, 2, *range(5, 128)]].isfinite().all()
 
 
-@pytest.mark.parametrize("w8a8", [False, True])
-def test_experts_each_take_their_rows(kernels: ModuleType, w8a8_device: torch.device, w8a8: bool) -> None:
+def test_experts_each_take_their_rows(kernels: ModuleType, device: torch.device) -> None:
     """More rows than a tile has, none at all, rows that two share, and rows that nobody takes."""
     n, k = 40, 256
-    whole, scales = operands(4 * 128, k, w8a8_device)
+    whole, scales = operands(4 * 128, k, device)
     codes = [whole[128 * i : 128 * i + n] for i in range(4)]
     factors = [scales[i : i + 1] for i in range(4)]
-    x = rows(24, k, torch.bfloat16, w8a8_device)
+    x = rows(24, k, torch.bfloat16, device)
     counts, starts = [18, 0, 2, 3], [0, 18, 16, 21]
-    config = SMALL_W8A8 if w8a8 else SMALL
-    found = kernels.fp8_experts(x, codes, factors, counts, starts=starts, w8a8=w8a8, config=config)
+    found = kernels.fp8_experts(x, codes, factors, counts, starts=starts, config=SMALL)
     each = [
-        kernels.fp8_linear(x[start : start + count], c, s, w8a8=w8a8, config=config)
+        kernels.fp8_linear(x[start : start + count], c, s, config=SMALL)
         for c, s, start, count in zip(codes, factors, starts, counts, strict=True)
     ]
     assert seen(found) == seen(torch.cat(each))
     assert kernels.fp8_experts(x, codes, factors, [0] * 4).shape == (0, n)
-
-
-# --- w8a8 -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("powers_of_two", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_activations_are_quantized_as_defined(
-    kernels: ModuleType, device: torch.device, dtype: torch.dtype, powers_of_two: bool
-) -> None:
-    """Sizes from 2**-60 to 2**60, zeros, ties, and what is no number."""
-    x = rows(5, 328, torch.float32, torch.device("cpu"))
-    if dtype != torch.float16:
-        x *= torch.exp2(torch.arange(-60, 61, 30.0))[:, None]
-    x[1, :128] = 0
-    x[2, :128] = torch.arange(128) / 16  # the largest is 127 / 16: with 448 in place of it, codes meet their ties
-    x[2, 127] = 448
-    x = x.to(dtype).to(device)
-    codes, scales = kernels.quantize_activations(x, powers_of_two=powers_of_two)
-    expected_codes, expected_scales = fp8_gemm.quantize_activations_reference(x.cpu(), powers_of_two=powers_of_two)
-    assert seen(scales) == seen(expected_scales)
-    assert seen(codes) == seen(expected_codes)
-    assert (codes[1, :128] == 0).all()
-    assert scales[1, 0] == 1
-    if powers_of_two:
-        assert torch.equal(scales, torch.exp2(torch.log2(scales).round()))
-    value = codes.cpu().view(torch.float8_e4m3fn).float() * scales.cpu().repeat_interleave(128, 1)[:, :328]
-    assert (
-        (value - x.cpu().float()).abs() <= x.cpu().float().abs() * 2.0**-4 + scales.cpu().amax(1)[:, None] * 2**-9
-    ).all()
-
-
-def test_a_scale_is_the_largest_over_448() -> None:
-    x = torch.zeros(1, 256)
-    x[0, 3], x[0, 130] = -7.0, 3.0
-    codes, scales = fp8_gemm.quantize_activations_reference(x)
-    assert scales.tolist() == [[7 / 448, torch.tensor(3 / 448).item()]]
-    assert codes.view(torch.float8_e4m3fn)[0, [3, 130]].tolist() == [-448, 448]
-    _, powers = fp8_gemm.quantize_activations_reference(x, powers_of_two=True)
-    assert powers.tolist() == [[2.0**-6, 2.0**-7]]
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_activations_that_are_no_numbers_show(kernels: ModuleType, w8a8_device: torch.device, value: float) -> None:
-    codes, scale = operands(40, 256, w8a8_device)
-    x = rows(2, 256, torch.bfloat16, w8a8_device)
-    x[1, 7] = value
-    found = kernels.fp8_linear(x, codes, scale, w8a8=True, config=SMALL_W8A8)
-    assert found[0].isfinite().all()
-    assert not found[1].isfinite().any()
-
-
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize(("n", "k", "tokens", "splits"), [(40, 256, 1, 2), (136, 328, 17, 1), (72, 520, 3, 3)])
-def test_w8a8(
-    kernels: ModuleType, w8a8_device: torch.device, n: int, k: int, tokens: int, left: bool, splits: int
-) -> None:
-    codes, scale = operands(n, k, w8a8_device)
-    x = rows(tokens, k, torch.bfloat16, w8a8_device)
-    config = TileConfig(16, 64, 128, splits, 4, 2, weights_left=left)
-    found = kernels.fp8_linear(x, codes, scale, w8a8=True, config=config)
-    exact, magnitudes = w8a8_exact(x, codes, scale)
-    off = (found.double() - exact).abs()
-    sum_rounding = 2.0**-20 if kernels.interpreted() else HOPPER_SUM
-    assert (off <= sum_rounding * magnitudes + 2.0**-8 * exact.abs()).all()
-    reference = fp8_gemm.fp8_linear_reference(x, codes, scale, w8a8=True).double()
-    assert ((reference - exact).abs() <= 2.0**-20 * magnitudes + 2.0**-8 * exact.abs()).all()
-    assert seen(kernels.fp8_linear(x, codes, scale, w8a8=True, config=config)) == seen(found)
-
-
-def test_w8a8_is_near_the_product_that_it_stands_for() -> None:
-    """Two roundings to 4 bits: some percent, and no more."""
-    cpu = torch.device("cpu")
-    codes, scale = operands(256, 512, cpu)
-    x = rows(8, 512, torch.bfloat16, cpu)
-    plain = fp8_gemm.fp8_linear_reference(x, codes, scale).float()
-    quantized = fp8_gemm.fp8_linear_reference(x, codes, scale, w8a8=True).float()
-    relative = float((quantized - plain).square().mean().sqrt() / plain.square().mean().sqrt())
-    assert 1e-3 < relative < 0.04
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -276,21 +175,6 @@ def test_real_shapes(n: int, k: int, tokens: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("tokens", [1, 64, 512])
-@pytest.mark.parametrize(("n", "k"), REAL_SHAPES)
-def test_real_shapes_w8a8(n: int, k: int, tokens: int) -> None:
-    codes, scale = operands(n, k, torch.device("cuda"))
-    if not fp8_gemm._converts_fp8(codes.device):
-        pytest.skip("no FP8 tensor cores")
-    x = rows(tokens, k, torch.bfloat16, codes.device)
-    found = fp8_gemm.fp8_linear(x, codes, scale, w8a8=True)
-    exact, magnitudes = w8a8_exact(x, codes, scale)
-    assert ((found.double() - exact).abs() <= HOPPER_SUM * magnitudes + 2.0**-8 * exact.abs()).all()
-    assert torch.equal(fp8_gemm.fp8_linear(x, codes, scale, w8a8=True), found)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_every_weight_of_a_real_shape() -> None:
     codes, scale = operands(2048, 7168, torch.device("cuda"))
     expected = exact_weight(codes, scale, torch.bfloat16).T + 0.0
@@ -304,30 +188,25 @@ def test_every_weight_of_a_real_shape() -> None:
 
 @pytest.mark.parametrize("table", [False, True], ids=["linear", "experts"])
 @pytest.mark.parametrize(
-    ("capability", "tokens", "w8a8", "product"),
+    ("capability", "tokens", "product"),
     [
-        (80, 1, False, "mma.sync"),
-        (80, 512, False, "mma.sync"),
-        (90, 1, False, "mma.sync"),
-        (90, 512, False, "wgmma"),
-        (90, 1, True, "mma.sync"),
-        (90, 512, True, r"wgmma\S*\.e4m3\.e4m3"),
-        (89, 512, True, r"mma\.sync\S*\.e4m3\.e4m3"),
+        (80, 1, "mma.sync"),
+        (80, 512, "mma.sync"),
+        (89, 512, "mma.sync"),
+        (90, 1, "mma.sync"),
+        (90, 512, "wgmma"),
     ],
 )
-def test_compiles_for_gpus(capability: int, tokens: int, w8a8: bool, product: str, table: bool) -> None:
+def test_compiles_for_gpus(capability: int, tokens: int, product: str, table: bool) -> None:
     """What the interpreter does not see: shapes that do not fit, loads of single codes, types that a GPU lacks."""
     if fp8_gemm.interpreted():
         pytest.skip("TRITON_INTERPRET is set")
-    config = (fp8_gemm.choose_w8a8_config if w8a8 else fp8_gemm.choose_config)(tokens)
-    constants = fp8_gemm._options("BF16", w8a8, capability >= 89, config) | {
+    config = fp8_gemm.choose_config(tokens)
+    constants = fp8_gemm._options("BF16", capability >= 89, config) | {
         "TABLE": table, "ALIGNED": True, "WHOLE": True, "OUT_KIND": "F32", "STEPS": 0, "STAGES": config.num_stages,
         "HARDWARE": True, "NATIVE": capability >= 89,
     }  # fmt: skip
-    pointers = {
-        "x": "*u8" if w8a8 else "*bf16", "x_scales": "*fp32", "codes": "*u8", "scales": "*fp32", "out": "*i32",
-        "table": "*i64",
-    }  # fmt: skip
+    pointers = {"x": "*bf16", "codes": "*u8", "scales": "*fp32", "out": "*i32", "table": "*i64"}
     ptx = compiled(fp8_gemm._matrix_kernel, constants, pointers, capability, config.num_warps, config.num_stages)
     assert re.search(product, ptx)
     assert re.search(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x(10|8)", ptx)
@@ -337,15 +216,11 @@ def test_compiles_for_gpus(capability: int, tokens: int, w8a8: bool, product: st
     assert ("e4m3" in ptx) == (capability >= 89)
 
 
-def test_other_kernels_compile() -> None:
+def test_the_sum_of_parts_compiles() -> None:
     if fp8_gemm.interpreted():
         pytest.skip("TRITON_INTERPRET is set")
     constants = {"KIND": "BF16", "HARDWARE": True, "SPLITS": 16, "BLOCK": 64}
     compiled(fp8_gemm._sum_kernel, constants, {"parts": "*fp32", "out": "*i16"}, 90, 4, 3)
-    for powers in (False, True):
-        constants = {"POWERS": powers, "LARGEST": 448.0, "ROWS": 16, "BLOCK": 128}
-        pointers = {"x": "*bf16", "codes": "*u8", "scales": "*fp32"}
-        assert "div.rn.f32" in compiled(fp8_gemm._quantize_kernel, constants, pointers, 90, 4, 3)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -365,16 +240,15 @@ def test_operands_that_do_not_fit() -> None:
         fp8_gemm.fp8_linear(x[:, :128], codes, scale)
     with pytest.raises(PlanError, match="contiguous"):
         fp8_gemm.fp8_linear(x, codes, scale.t().contiguous().t())
-    with pytest.raises(PlanError, match="depth of 128, found columns 32, depth 32"):
-        fp8_gemm.fp8_linear(x, codes, scale, w8a8=True, config=SMALL)
+    deep = TileConfig(16, 32, 256, 1, 1, 2)
+    with pytest.raises(PlanError, match="columns and depth up to 128, found columns 32, depth 256"):
+        fp8_gemm.fp8_linear(x, codes, scale, config=deep)
     with pytest.raises(PlanError, match=r"2 of each.*2 scales, 1 starts, 1 counts"):
         fp8_gemm.fp8_experts(x, [codes] * 2, [scale] * 2, [2])
     with pytest.raises(PlanError, match="matrices of one shape"):
         fp8_gemm.fp8_experts(x, [codes, codes[:128]], [scale] * 2, [1, 1])
     with pytest.raises(PlanError, match="no weights"):
         fp8_gemm.fp8_experts(x, [], [], [])
-    with pytest.raises(PlanError, match="cannot be quantized"):
-        fp8_gemm.quantize_activations(x[None])
 
 
 def test_on_a_cpu_the_reference_serves() -> None:
@@ -384,6 +258,5 @@ def test_on_a_cpu_the_reference_serves() -> None:
     codes, scale = operands(136, 256, cpu)
     x = rows(2, 256, torch.bfloat16, cpu)
     assert_within_bound(fp8_gemm.fp8_linear(x, codes, scale), x, exact_weight(codes, scale, torch.bfloat16))
-    parts = fp8_gemm.fp8_experts(x, [codes] * 2, [scale] * 2, [1, 1], w8a8=True)
-    assert torch.equal(parts, fp8_gemm.fp8_linear_reference(x, codes, scale, w8a8=True))
-    assert fp8_gemm.quantize_activations(x)[0].shape == (2, 256)
+    parts = fp8_gemm.fp8_experts(x, [codes] * 2, [scale] * 2, [1, 1])
+    assert torch.equal(parts, fp8_gemm.fp8_linear_reference(x, codes, scale))
