@@ -38,7 +38,7 @@ def _encode_e4m3(value):
 
 @_FAST
 def _bounds(row, near, mantissa):
-    """The scales that explain a row's values, whose codes are those of value / near: from, to, and whether none does."""
+    """The scales that explain a row, whose codes are those of value / near: from, to, and whether none does."""
     low, high, wrong = 0.0, 1e300, _U32(0)
     least = _U32(113) if mantissa == 10 else _U32(1)
     for j in range(len(row)):

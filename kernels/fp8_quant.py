@@ -3,12 +3,13 @@
 A block of 128 x 128 values has one F32 scale, a value the E4M3 code nearest to value / scale (nearest even, at most
 448). The scale is chosen so:
 
-1. Values that were dequantized from FP8 get their codes back, and a scale that dequantizes to the same values. Each value
-   w = round(code * scale) says in which interval its scale was, [(|w| - h) / |code|, (|w| + h) / |code|] with h half the
-   last place of w; the scales that explain the whole block are the intersection. The codes follow from any scale near
-   it, and its largest code, up to a power of two, is one of eight: those are tried, 448 first, which a quantizer gives.
-2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one (``scale_fmt: ue8m0``, V3.1 on). A block of
-   zeros has the scale 1.
+1. Values that were dequantized from FP8 get their codes back, and a scale that dequantizes to the same values. Each
+   value w = round(code * scale) says in which interval its scale was, [(|w| - h) / |code|, (|w| + h) / |code|] with h
+   half the last place of w; the scales that explain the whole block are the intersection. The codes follow from any
+   scale near it, and its largest code, up to a power of two, is one of eight: those are tried, 448 first, which a
+   quantizer gives.
+2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one (``scale_fmt: ue8m0``, V3.1 on). A block
+   of zeros has the scale 1.
 
 NaN becomes the code 0x7F. Inf has no code: callers refuse it.
 """
@@ -163,7 +164,8 @@ def quantize(
     )
     _quantize_kernel[(blocks[0] * blocks[1],)](
         values.contiguous(), codes, scales, rows, columns,
-        MANTISSA=_MANTISSA_BITS[values.dtype], LEAST=_LEAST_EXPONENT[values.dtype], POWER_OF_TWO=power_of_two, BLOCK=BLOCK, num_warps=8,
+        MANTISSA=_MANTISSA_BITS[values.dtype], LEAST=_LEAST_EXPONENT[values.dtype],
+        POWER_OF_TWO=power_of_two, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return codes, scales
 

@@ -138,7 +138,7 @@ def main() -> None:
     for tokens in args.tokens:
         x = inputs(tokens, HIDDEN, seed=tokens)
         print(
-            f"\n== {tokens:,} tokens; gate and up {INTER} x {HIDDEN}, down {HIDDEN} x {INTER}, int4 in groups of {GROUP}"
+            f"\n== {tokens:,} tokens; gate, up {INTER} x {HIDDEN}, down {HIDDEN} x {INTER}, int4 in groups of {GROUP}"
         )
         for settings in (Settings(), Settings(scales="largest"), Settings(scales="largest", order="none")):
             ours(x, gate, up, down, settings)

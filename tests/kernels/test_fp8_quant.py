@@ -1,4 +1,4 @@
-"""FP8 quantization: codes against torch's own conversion, scales that give dequantized values back, three equal paths."""
+"""FP8 quantization: codes against torch's conversion, scales that give dequantized values back, three equal paths."""
 
 from __future__ import annotations
 

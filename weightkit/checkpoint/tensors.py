@@ -141,7 +141,7 @@ class Cast:
 
 @dataclass(frozen=True, slots=True)
 class BlockQuantized:
-    """The F8_E4M3 codes of the float matrix ``source``, or, ``scales``, its F32 block scales: what ``Dequantized`` takes.
+    """The F8_E4M3 codes of the float matrix ``source``, or, ``scales``, its F32 scales: what ``Dequantized`` takes.
 
     See ``weightkit.kernels.fp8_quant`` for how scales are chosen.
     """

@@ -92,8 +92,8 @@ def _joined(runs: Iterable[Copy]) -> Iterator[Copy]:
 
 
 def require_in_range(piece: Made, data: Bytes) -> None:
-    """Raise ``WriteError`` where F16 holds an Inf, the cast of a value over 65504 that BF16 and F32 can hold, or where a
-    scale is none."""
+    """Raise ``WriteError`` where F16 holds an Inf, the cast of a value over 65504 that BF16 and F32 can hold, or where
+    a scale is not finite."""
     if isinstance(piece.strip, BlockQuantized) and piece.strip.scales and not np.isfinite(data.view(np.float32)).all():
         raise WriteError(
             "values that are not finite",
