@@ -284,7 +284,7 @@ def _reader(
 
 def forgets(plan: Plan, free_bytes: int) -> bool:
     """Whether what is read is to be dropped from the page cache: where it is more than a share of the memory that is
-    free, and read about once. Of rank files several read the same or neighbouring ranges; dropping these took longer.
+    free, and read about once. Of rank files several read the same or neighbouring ranges, which would be read again.
     """
     return free_bytes * KEEP < plan.bytes_read <= sum(stamp.size_bytes for stamp in plan.stamps.values())
 
