@@ -10,12 +10,13 @@ import time
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 
-from weightkit.checkpoint.reading import Bytes, Reader, forget_pages
+from weightkit.checkpoint.reading import Bytes, Reader
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.remote.address import is_address
 
@@ -52,14 +53,15 @@ class DirectReader(Reader):
             self._refused.clear()
         super().close()
 
-    def _read(self, path: str, offset: int, out: Bytes) -> None:
+    def read_range(self, path: str, offset: int, out: Bytes) -> None:
+        """See ``Reader.read_range``."""
         if len(out) < SMALLEST_BYTES or is_address(path):
-            super()._read(path, offset, out)
+            super().read_range(path, offset, out)
             return
         done = self._read_direct(path, offset, out)
         if done < len(out):  # no direct reads here, or the file ends early, which the plain read says clearly
-            super()._read(path, offset + done, out[done:])
-            forget_pages(self._open(path), offset + done, len(out) - done)
+            super().read_range(path, offset + done, out[done:])
+            _forget(self._open(path), offset + done, len(out) - done)
         if done:
             with self._lock:
                 self.bytes_read += done
@@ -169,7 +171,7 @@ def _read_somewhere(
     offset = draw.randrange(max(1, size - len(buffer)))
     out = buffer[: min(len(buffer), size - offset)]
     if not is_address(paths[which]) and not reader.is_direct(paths[which]):
-        forget_pages(reader._open(paths[which]), offset, len(out))
+        _forget(reader._open(paths[which]), offset, len(out))
     reader.read_range(paths[which], offset, out)
 
 
@@ -180,3 +182,10 @@ def _open_direct(path: str) -> int | None:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
         return None
+
+
+def _forget(file: int, offset: int, count: int) -> None:
+    """Drop a range of a file from the page cache. A hint."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(file, offset, count, os.POSIX_FADV_DONTNEED)

@@ -26,8 +26,6 @@ DENSE = 1 / 8
 SCRATCH_BYTES = 4 << 20
 #: Reads from this size on are followed by more of the file, as a rule.
 LARGE_BYTES = 1 << 20
-#: The kernel drops whole pages only; a larger page than this is dropped with the next read.
-PAGE_BYTES = 4096
 
 
 class Reader:
@@ -38,8 +36,6 @@ class Reader:
         ahead_bytes: of what follows a large read the kernel is asked to fetch so much, for readers that go through
             whole files: the disk is then at work while they convert and write. (Cold, 4.6 GB on a virtual disk: 0.8 of
             the time or less.)
-        forget: drop from the page cache what a large contiguous read has read, for readers of more than memory holds:
-            it would be gone before it is wanted again, and everything else with it.
         stop: once set, it ends the waits of all reads of remote files, which raise ``Interrupted``.
     """
 
@@ -48,12 +44,10 @@ class Reader:
         stamps: Mapping[str, Stamp] | None = None,
         *,
         ahead_bytes: int = 0,
-        forget: bool = False,
         stop: threading.Event | None = None,
     ) -> None:
         self._stamps = stamps or {}
         self._ahead_bytes = ahead_bytes
-        self._forgets = forget
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
@@ -84,12 +78,6 @@ class Reader:
             SourceChangedError: it is not what its stamp says.
             HubError: a remote file cannot be had.
         """
-        self._read(path, offset, out)
-        if self._forgets and len(out) >= LARGE_BYTES and not is_address(path):
-            before = offset % PAGE_BYTES  # the page that the read before this one left, as it needed only a part
-            forget_pages(self._open(path), offset - before, len(out) + before)
-
-    def _read(self, path: str, offset: int, out: Bytes) -> None:
         if is_address(path):
             count = self._read_remote(path, offset, out)
             with self._lock:
@@ -162,7 +150,7 @@ class Reader:
         for row in range(0, copy.rows, at_once):
             count = min(at_once, copy.rows - row)
             covering = scratch[: (count - 1) * copy.stride + copy.run_bytes]
-            self._read(copy.path, copy.offset + row * copy.stride, covering)  # kept: other ranks' runs lie between
+            self.read_range(copy.path, copy.offset + row * copy.stride, covering)
             rows[row : row + count] = np.lib.stride_tricks.as_strided(
                 covering, (count, copy.run_bytes), (copy.stride, 1)
             )
@@ -214,10 +202,3 @@ def _fetch(file: int, offset: int, count: int) -> None:
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(file, offset, count, os.POSIX_FADV_WILLNEED)
-
-
-def forget_pages(file: int, offset: int, count: int) -> None:
-    """Drop a range of a file from the page cache, as far as it is on the disk. A hint."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(file, offset, count, os.POSIX_FADV_DONTNEED)

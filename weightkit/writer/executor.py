@@ -26,7 +26,7 @@ from weightkit.compute import CpuEngine, Engine, strip_bytes
 from weightkit.compute.evaluate import STRIP_ROWS
 from weightkit.durable import FULL, PARTIAL, STATE_DIR, Hold, no_space, only_writer, sync_folder, write_whole
 from weightkit.errors import Interrupted, PlanError, WriteError
-from weightkit.machine import available_memory_bytes, default_jobs
+from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
 from weightkit.remote.ranges import RemoteFiles
 from weightkit.units import counted, human_bytes, human_seconds
@@ -39,9 +39,6 @@ from weightkit.writer.sourcing import spool_bytes as spooled_bytes
 from weightkit.writer.spool import Spool, SpoolingReader, clear_spool
 from weightkit.writer.stream import BUFFER_BYTES, BUFFERS
 from weightkit.writer.target import clear_target, inspect_target, require_memory, require_space
-
-#: Sources that are more than this share of the memory that is free are not left in the page cache.
-KEEP = 1 / 2
 
 
 @dataclass(frozen=True)
@@ -266,7 +263,7 @@ def _reader(
     for path in sourcing.unverified if sourcing is not None else ():
         sources.ranges(path)
     if sourcing is None or not sourcing.spooled:
-        return Reader(plan.stamps, ahead_bytes=AHEAD_BYTES, forget=forgets(plan, available_memory_bytes()))
+        return Reader(plan.stamps, ahead_bytes=AHEAD_BYTES)
     left = [(file, files.get(file.name)) for file in plan.files]
     outputs = [
         (file, progress.bytes if progress is not None else 0)
@@ -280,13 +277,6 @@ def _reader(
         )
 
     return SpoolingReader(plan.stamps, spool, ahead_bytes=AHEAD_BYTES)
-
-
-def forgets(plan: Plan, free_bytes: int) -> bool:
-    """Whether what is read is to be dropped from the page cache: where it is more than a share of the memory that is
-    free, and read about once. Of rank files several read the same or neighbouring ranges, which would be read again.
-    """
-    return free_bytes * KEEP < plan.bytes_read <= sum(stamp.size_bytes for stamp in plan.stamps.values())
 
 
 @contextmanager
