@@ -176,10 +176,11 @@ def _share(sequences: int, seq_len: int, ranks: Ranks) -> range:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job will take. ``write`` is the writer's part; sizes are bytes, ``gpu_bytes`` and ``host_bytes`` of a
-    rank."""
+    """What a job will take. ``write`` is the writer's part, which does not count ``source_bytes``, the weights that
+    integers are made from; sizes are bytes, ``gpu_bytes`` and ``host_bytes`` of a rank."""
 
     write: Summary
+    source_bytes: int
     ranks: int
     device: str
     samples: int = 0
@@ -196,7 +197,9 @@ class Cost:
 
     def render(self) -> str:
         """Aligned lines for a terminal."""
-        rows = {"quantized": f"on {self.device}, {counted(self.ranks, 'rank')}"}
+        rows = {
+            "quantized": f"{human_bytes(self.source_bytes)} of weights on {self.device}, {counted(self.ranks, 'rank')}"
+        }
         if self.samples:
             rows["calibrated"] = f"{self.samples:,} x {self.seq_len:,} tokens, {self.samples * self.seq_len:,} in all"
             rows["hidden"] = f"{human_bytes(self.activations_bytes)} of activations a rank, {self.activations_on}"
@@ -212,11 +215,13 @@ def describe(job: Job, *, force: bool = False) -> Cost:
     """The cost of a job as things stand. Raises ``TargetError`` where it could not be carried out."""
     write = summarize(job.plan.write, jobs=1, force=force)
     ranks, device = job.ranks.size, job.engine.name
+    source_bytes = job.plan.quantized_source_bytes
     if job.calibrated is None:
-        return Cost(write, ranks, device)
+        return Cost(write, source_bytes, ranks, device)
     memory, (samples, seq_len) = job.calibrated.memory, job.calibrated.data.tokens.shape
     return Cost(
         write,
+        source_bytes,
         ranks,
         device,
         samples=samples,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.json_file import json_bytes
-from weightkit.checkpoint.tensors import LazyTensor, Promised, size_bytes
+from weightkit.checkpoint.tensors import LazyTensor, Promised, size_bytes, stored_parts
 from weightkit.errors import PlanError, UnsupportedError
 from weightkit.family import QUANTIZE_CONFIG_NAME, Architecture, Expected, blueprint, gptq_config, is_mtp, layer_of
 from weightkit.layouts.declare import architecture_of
@@ -61,9 +61,9 @@ class QuantizationPlan:
         return [file for file in self.write.files if not any(_is_promised(t) for t in file.tensors.values())]
 
     @property
-    def quantized_bytes(self) -> int:
-        """Bytes that are made; of the largest layer, see ``largest_layer_bytes``."""
-        return sum(_promised_bytes(file) for file in self.write.files)
+    def quantized_source_bytes(self) -> int:
+        """Bytes of the source that integers are made from."""
+        return sum(size_bytes(part) for name in self.shapes for part in stored_parts(self.exact[name]))
 
     @property
     def largest_layer_bytes(self) -> int:
