@@ -10,7 +10,7 @@ another, and one writer turns the result into files:
 
 All of it:
 
-    open_checkpoint     whatever lies at a path, in any layout, as a Checkpoint
+    open_checkpoint     whatever lies at a path or an address, in any layout, as a Checkpoint
     Checkpoint          published names to lazy tensors, config and side files
     strip_mtp           without its multi-token-prediction layers
     cast                FP8 with block scales, or any float weights, in BF16, F16 or F32

@@ -21,7 +21,7 @@
     │   ├── TargetError             the target is in use, or holds something else
     │   ├── SourceChangedError      a source file is not what the plan was made from
     │   └── Interrupted             stopped by a signal; the next run continues
-    ├── HubError                    fetching from a hub
+    ├── HubError                    fetching from a hub, or reading from a bucket or a web server
     │   ├── RepositoryError         an unknown repository, revision or file
     │   ├── AccessError             gated, private, or a token that is not accepted
     │   ├── UnreachableError        no connection, or a hub that does not answer properly
@@ -187,19 +187,19 @@ class Interrupted(WriteError):  # noqa: N818 - an interruption is no error of th
 
 
 class HubError(WeightkitError):
-    """Fetching from a hub failed."""
+    """Fetching from a hub failed, or reading from another place in the network."""
 
 
 class RepositoryError(HubError):
-    """A hub has no such repository, revision or file."""
+    """There is no such repository, revision, bucket, folder or file."""
 
 
 class AccessError(HubError):
-    """A repository is gated or private, or the token is not accepted."""
+    """A repository is gated or private, or the credentials are missing or not accepted."""
 
 
 class UnreachableError(HubError):
-    """A hub cannot be reached, or does not answer properly."""
+    """A server cannot be reached, or does not answer properly."""
 
 
 class ListingError(HubError):

@@ -18,13 +18,13 @@ class Checkpoint:
     """What a transform takes and returns.
 
     Attributes:
-        root: the folder (or single file) that was opened.
+        root: the folder (or single file) that was opened; of an address a ``RemotePath``.
         layout: how it lies on disk, such as ``published``, ``8 mp ranks`` or ``single file``; words for messages.
         tensors: published name to tensor, in the order in which they are best read.
         config: ``config.json`` as it stands; transforms keep it true.
         side_files: relative path to file: tokenizer, chat template, code.
         placement: published name to the file that holds it, where the source is in the published layout.
-        stamps: each source file's size and modification time when it was opened.
+        stamps: each source file's size and modification time when it was opened; of a remote one its version.
     """
 
     root: Path

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightkit.errors import TokenizerError
 from weightkit.generation.template import render_template
+from weightkit.remote.path import as_path
 
 if TYPE_CHECKING:
     import tokenizers
@@ -146,7 +146,7 @@ class _Files:
         self.where = where
 
     def path(self, name: str) -> str:
-        return str(Path(self.where) / name)
+        return str(as_path(self.where) / name)
 
     def text(self, name: str) -> str | None:
         """A file's text; None where there is no such file."""

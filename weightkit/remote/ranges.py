@@ -107,7 +107,7 @@ class RemoteFiles:
         stop: threading.Event | None = None,
     ) -> None:
         self.patience = patience or DEFAULT_PATIENCE
-        self.stop = stop or threading.Event()
+        self.stop, self._owns_stop = stop or threading.Event(), stop is None
         self._connections = connections
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -115,7 +115,8 @@ class RemoteFiles:
 
     def close(self) -> None:
         """End all connections."""
-        self.stop.set()
+        if self._owns_stop:
+            self.stop.set()
         with self._lock:
             pool, kinds = self._pool, list(self._kinds.values())
             self._pool, self._kinds = None, {}

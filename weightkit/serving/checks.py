@@ -23,6 +23,7 @@ from weightkit.examine.sides import TEMPLATE_NAME, TOKENIZER_NAMES
 from weightkit.family import Architecture, demo_limits, is_mtp, legal_tp, tp_problems
 from weightkit.layouts.published import SINGLE_NAME
 from weightkit.layouts.ranks import DEMO_CONFIG_NAME
+from weightkit.remote.path import is_remote
 from weightkit.serving.engines import Engine
 from weightkit.serving.gptq import gptq_problems
 from weightkit.smoke import Check
@@ -77,7 +78,7 @@ class Subject:
 def check(subject: Subject) -> tuple[list[Check], list[WeightkitError]]:
     """All checks, and the problems of those that failed."""
     steps: list[tuple[str, Callable[[Subject], str], Callable[[Subject], Iterator[WeightkitError]]]] = [
-        ("layout", lambda s: s.checkpoint.layout, _demo_layout if subject.engine.name == "demo" else _layout),
+        ("layout", lambda s: s.checkpoint.layout, _place),
         ("weights", lambda s: form_of(s.checkpoint, s.arch), _weights),
         ("tensor parallelism", lambda s: f"over {s.tp}", _tp),
         ("context", _context_words, _context),
@@ -109,6 +110,18 @@ def form_of(checkpoint: Checkpoint, arch: Architecture) -> str:
     if "F8_E4M3" in checkpoint.dtypes:
         return "FP8"
     return arch.dtype if arch.quantization is None else arch.quantization.method
+
+
+def _place(subject: Subject) -> Iterator[WeightkitError]:
+    if is_remote(subject.folder):
+        yield CheckpointError(
+            f"{subject.engine.title} is given a folder of this machine",
+            where=subject.folder,
+            expected="a local path",
+            fix="Fetch it first: weightkit fetch, or the conversion that is wanted.",
+        )
+        return
+    yield from _demo_layout(subject) if subject.engine.name == "demo" else _layout(subject)
 
 
 def _layout(subject: Subject) -> Iterator[WeightkitError]:

@@ -54,8 +54,8 @@ class Plan:
         target: the folder to fill.
         files: the weight files.
         side_files: relative path to small file, the index among them where the layout has one.
-        stamps: size and modification time of every source file.
-        root: the source's folder or file.
+        stamps: size and modification time, or version, of every source file.
+        root: the source's folder, file or address.
     """
 
     target: Path

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,6 +120,8 @@ def plan_sourcing(
 
     Raises ``SpaceError`` where the limit, or the disk, is too small for what one tensor is made from.
     """
+    if not any(map(is_address, plan.stamps)):
+        return Sourcing({}, jobs=jobs or default_jobs())
     left = [file for file in plan.files if not (progress := files.get(file.name)) or not progress.done]
     needed = {file.name: uses(file, _start(files, file)) for file in left}
     paths = dict.fromkeys(use.path for found in needed.values() for use in found)
@@ -126,7 +129,7 @@ def plan_sourcing(
     known = tuple(path for path, stamp in stamps.items() if stamp.sha256 is not None)
     if not known or limit_bytes == 0 or elsewhere:
         return Sourcing(stamps, jobs=jobs or default_jobs())
-    sharing = max(sum(use.path == path for found in needed.values() for use in found) for path in known)
+    sharing = max(Counter(use.path for found in needed.values() for use in found).values())
     at_once = jobs or max(default_jobs(), min(sharing, MAX_SHARING))
     limit = _limit(plan, files, left, {path: stamps[path].size_bytes for path in known}, at_once, limit_bytes, force)
     total = sum(stamps[path].size_bytes for path in known)
@@ -220,6 +223,8 @@ class SourceRecord:
 
 def remote_sources(plan: Plan) -> dict[str, None]:
     """The addresses of all files that a plan reads."""
+    if not any(map(is_address, plan.stamps)):
+        return {}
     return {path: None for file in plan.files for _, _, paths in _needs(file) for path in paths}
 
 

@@ -23,6 +23,7 @@ from weightkit.checkpoint.reading import Bytes
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.errors import ChecksumError, Interrupted
 from weightkit.remote.ranges import RemoteFiles
+from weightkit.units import counted
 from weightkit.writer.plan import PlannedFile
 from weightkit.writer.sourcing import FETCHERS, Sourcing, Use, uses
 
@@ -73,7 +74,9 @@ class Spool:
         self._fetched: Counter[str] = Counter()
         self._wanted: Counter[str] = Counter()  # by how many blocked reads
         self._uses: dict[str, list[Use]] = {}  # by output, what is still to come, ordered by its end
-        self._active: set[str] = set()
+        outputs = list(outputs)
+        #: In work. Those that come first are so from the start: what they need is not given up before they begin.
+        self._active = {output.name for output, _ in outputs[: sourcing.jobs]}
         self._leaving: set[str] = set()  # to be dropped after the reads under way
         self._failure: BaseException | None = None
         self._closed = False
@@ -84,6 +87,7 @@ class Spool:
         self._order = {path: place for place, path in enumerate(order)}
         folder.mkdir(parents=True, exist_ok=True)
         self._keep_useful()
+        tell(f"{counted(len(order), 'source file')} to fetch, each verified whole before it is used")
         self._threads = [threading.Thread(target=self._work, name="spool", daemon=True) for _ in range(FETCHERS)]
         for thread in self._threads:
             thread.start()
@@ -223,7 +227,8 @@ class Spool:
         """For a file that is waited for: give up what is read later, and fetch that again then. What outputs in work
         need is given up only where all of them wait."""
         soon = self._soon()
-        stuck = sum(self._wanted.values()) >= len(self._active) and not self._fetching
+        waiting = sum(count for path, count in self._wanted.items() if path not in self._held)
+        stuck = waiting >= len(self._active) and not self._fetching
         for path in sorted(self._held, key=lambda path: -self._order.get(path, 0)):
             if size_bytes <= self._room():
                 break
@@ -237,16 +242,17 @@ class Spool:
         """One thread that fetches."""
         while True:
             with self._changed:
-                while not self._closed and (path := self._next()) is None:
+                while self._goes_on() and (path := self._next()) is None:
                     self._changed.wait(0.5)
-                if self._closed or path is None:
+                if not self._goes_on() or path is None:
                     return
                 self._fetching.add(path)
             try:
                 held = self._fetch(path)
             except BaseException as exc:
                 with self._changed:
-                    self._failure = self._failure or exc
+                    if not isinstance(exc, Interrupted):
+                        self._failure = self._failure or exc
                     self._fetching.discard(path)
                     self._changed.notify_all()
                 return
@@ -254,6 +260,9 @@ class Spool:
                 self._fetching.discard(path)
                 self._held[path] = held
                 self._changed.notify_all()
+
+    def _goes_on(self) -> bool:
+        return self._failure is None and not self._closed and not self._remote.stop.is_set()
 
     def _fetch(self, path: str) -> _Held:
         """A file as it is recorded. Raises ``ChecksumError``."""
@@ -285,7 +294,7 @@ class Spool:
         digest, at = hashlib.sha256(), 0
         buffer = np.empty(min(CHUNK_BYTES, stamp.size_bytes), np.uint8)
         while at < stamp.size_bytes:
-            if self._closed:
+            if not self._goes_on():
                 raise Interrupted("stopped", where=path)
             end = min(at + CHUNK_BYTES, there if at < there else stamp.size_bytes)
             chunk = buffer[: end - at].data
