@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bucket import Store
-from faulty_hub import FaultyHub
+from faulty_hub import FaultyHub, Throttle
 from folders import tree
 from web_server import Web
 
@@ -172,6 +173,28 @@ def test_commands_take_an_address(hub: FaultyHub, tiny_source: Path, tmp_path: P
     ]
     found = json.loads(run("inspect", "hf://org/tiny", "--json"))
     assert (found["name"], found["layout"], found["files"]) == ("tiny", "published", 3)
+
+
+def test_a_killed_command_goes_on(
+    hub: FaultyHub, local_results: dict[str, dict[str, bytes]], tiny_source: Path, tmp_path: Path
+) -> None:
+    """What the spool holds is fetched no second time."""
+    hub.fail(Throttle(1_500_000), path="*.safetensors", times=None)
+    command = [sys.executable, "-m", "weightkit", "strip", "hf://org/tiny", "out", "-q"]
+    environment, spool = os.environ | {"HF_ENDPOINT": hub.endpoint}, tmp_path / "out/.weightkit/spool"
+    with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
+        deadline = time.monotonic() + 30
+        while not any(path.stat().st_size > 1_000_000 for path in spool.glob("*")):
+            assert process.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    hub.clear()
+    hub.log.clear()
+    subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
+    assert content(tmp_path / "out") == local_results["strip"]
+    total = sum(path.stat().st_size for path in tiny_source.glob("*.safetensors"))
+    assert hub.sent_bytes(path="*.safetensors") < total - 200_000, "less than all of it, for all its headers"
 
 
 def test_verify_reads_what_is_there(addresses: Addresses) -> None:
