@@ -161,7 +161,7 @@ def _refusal(error: BaseException, address: str) -> ClusterError:
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
-    if any("AuthenticationError" in type(cause).__name__ for cause in causes):
+    if any("AuthenticationError" in f"{type(cause).__name__}: {cause}" for cause in causes):
         return ClusterError(
             "the cluster asks for a token",
             where=address,

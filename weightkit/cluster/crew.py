@@ -159,6 +159,7 @@ class Crew:
         self._tasks: dict[Any, _Task] = {}
         self._alive: set[str] = set()
         self._asked_at = self._had_room_at = 0.0
+        self._begun = False  # from then on a node that does not see the files is left out, and stops nothing
 
     def carry_out(self, errands: Iterable[Errand]) -> None:
         """All of them, the largest first.
@@ -172,7 +173,7 @@ class Crew:
             return
         try:
             self._first_nodes()
-            self._had_room_at = time.monotonic()
+            self._begun, self._had_room_at = True, time.monotonic()
             while self._waiting or self._tasks:
                 self._send()
                 self._listen(0.2)
@@ -216,7 +217,7 @@ class Crew:
         try:
             self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as exc:
-            if not self._tasks:
+            if not self._begun:
                 raise of_node(exc, room.node) from exc
             self._tell(f"A new node gets no work. {of_node(exc, room.node)}")
         except self._ray.exceptions.RayError as exc:  # it is gone again

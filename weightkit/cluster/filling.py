@@ -73,7 +73,8 @@ def write_file(order: Order) -> Iterator[News]:
 
 
 def _fill(order: Order, desk: Desk) -> str:
-    with disk_errors(order.place.target), Reader(order.stamps, ahead_bytes=AHEAD_BYTES) as reader:
+    target = order.place.target
+    with disk_errors(target), Reader(order.stamps, ahead_bytes=AHEAD_BYTES, stop=desk.stop) as reader:
         desk.read_bytes = lambda: reader.bytes_read
         writer = FileWriter(reader, _engine(order.device))
         return writer.fill(order.partial, order.file, order.before, desk)

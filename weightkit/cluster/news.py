@@ -23,12 +23,14 @@ class News:
 
     Attributes:
         position: bytes of its file that are done.
+        kept_bytes: those of them that an earlier attempt had written.
         read_bytes: read so far.
         durable: how much of a written file is safe, where that is more than before.
         result: what the task was for; with it, or an error, the task is over.
     """
 
     position: int = 0
+    kept_bytes: int = 0
     read_bytes: int = 0
     durable: Progress | None = None
     result: object = None
@@ -45,7 +47,7 @@ class Desk:
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.read_bytes: Callable[[], int] = lambda: 0
-        self._position = 0
+        self._position = self._kept = 0
         self._durable: Progress | None = None
         self._lock = threading.Lock()
 
@@ -55,6 +57,7 @@ class Desk:
             raise Interrupted("stopped")
 
     def kept(self, count: int) -> None:
+        self._kept = count
         self._position += count
 
     def wrote(self, count: int) -> None:
@@ -68,7 +71,7 @@ class Desk:
         """What there is to tell now."""
         with self._lock:
             durable, self._durable = self._durable, None
-        return News(self._position, self.read_bytes(), durable, result, error)
+        return News(self._position, self._kept, self.read_bytes(), durable, result, error)
 
 
 def tell(work: Callable[[Desk], object], goes_on: Callable[[], bool]) -> Iterator[News]:

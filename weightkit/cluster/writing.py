@@ -86,7 +86,8 @@ class _Writing:
     def __init__(self, run: Run, file: PlannedFile, place: Place, paths: Mapping[str, str]) -> None:
         self._run, self._file, self._place, self._paths = run, file, place, paths
         self.name, self.size_bytes = file.name, file.size_bytes
-        self._shown = self._read = self._counted = 0
+        self._shown = self._read = 0
+        self._counted: int | None = None  # bytes of this attempt that were there, or are counted as written
 
     def order(self, device: DeviceName) -> Order:
         """Only what this file is made from travels, not the plan."""
@@ -94,7 +95,7 @@ class _Writing:
         used = {part.path for tensor in self._file.tensors.values() for part in stored_parts(tensor)}
         stamps = {self._paths[path]: self._run.plan.stamps[path] for path in used if path in self._paths}
         partial = self._place.target / self._run.partial(self._file).name
-        self._counted = self._safe_bytes()
+        self._counted = None
         before = self._run.history.get(self.name)
         return Order(self._place, replace(self._file, tensors=tensors), partial, before, stamps, device)
 
@@ -105,10 +106,10 @@ class _Writing:
         self._read = news.read_bytes
         if news.durable is not None:
             self._run.record(self._file, news.durable)
-            self._count(news.durable.bytes)
+            self._count(news, news.durable.bytes)
         if isinstance(news.result, str):
             self._run.place(self._file, news.result)
-            self._count(self.size_bytes)
+            self._count(news, self.size_bytes)
 
     def lost(self) -> None:
         """What is not durable will be written again."""
@@ -119,9 +120,11 @@ class _Writing:
         before = self._run.history.get(self.name)
         return before.bytes if before is not None and not before.done else 0
 
-    def _count(self, position: int) -> None:
-        self._run.count(written=max(0, position - self._counted))
-        self._counted = max(self._counted, position)
+    def _count(self, news: News, position: int) -> None:
+        """Bytes up to ``position`` are written for good: what is written again after a death is counted once."""
+        counted = news.kept_bytes if self._counted is None else self._counted
+        self._run.count(written=max(0, position - counted))
+        self._counted = max(counted, position)
 
     def _show(self, position: int) -> None:
         self._run.bar.add(position - self._shown)
@@ -131,7 +134,7 @@ class _Writing:
 def anchored(tensor: LazyTensor, paths: Mapping[str, str]) -> LazyTensor:
     """The tensor with other paths: tasks run in other folders than the command that made the plan."""
     if isinstance(tensor, Stored):
-        return replace(tensor, path=paths[tensor.path])
+        return replace(tensor, path=paths.get(tensor.path) or absolute(tensor.path))
     changed: dict[str, Any] = {}
     for item in fields(tensor):
         value = getattr(tensor, item.name)
