@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from auto_gptq.nn_modules.qlinear import qlinear_cuda, qlinear_cuda_old
-from gptq_cases import Case, read_cases
+from oracle_cases import Case, read_cases
 from safetensors.torch import save_file
 
 

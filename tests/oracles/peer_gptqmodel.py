@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else each load compiles the dequantization by a C++ compiler: half a minute
 
 import torch
-from gptq_cases import read_cases
+from oracle_cases import read_cases
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.quantization import FORMAT

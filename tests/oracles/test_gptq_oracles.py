@@ -18,7 +18,7 @@ from statistics import median
 
 import pytest
 import torch
-from gptq_cases import LEAVES, Case, write_cases
+from oracle_cases import LEAVES, Case, write_cases
 from safetensors.torch import load_file, save_file
 
 from weightkit.family import Architecture
