@@ -566,3 +566,15 @@ def test_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_what_the_manifest_names_is_found_where_it_was_fetched(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError) as error:
+        default_calibration("deepseek-v3", tmp_path)
+    assert f"--local-dir {tmp_path}" in str(error.value)
+    data = manifests.load("deepseek-v3").calibration
+    assert data is not None
+    fetched = tmp_path / data.file
+    fetched.parent.mkdir(parents=True, exist_ok=True)
+    fetched.write_text("fetched")
+    assert default_calibration("deepseek-v3", tmp_path) == fetched

@@ -137,7 +137,7 @@ def command(
     from weightkit.quantization.job import describe, prepare
     from weightkit.quantization.run import carry_out
     from weightkit.quantization.settings import Settings
-    from weightkit.workspace import source, target
+    from weightkit.workspace import home, source, target
 
     if executor == "ray" and not dry_run:
         return _on_cluster(src or source(model), ranks, address, device)
@@ -154,7 +154,7 @@ def command(
     checkpoint = open_checkpoint(src or source(model), config=config)
     usual = Size()
     if calibration is None and method == "gptq" and src is None:
-        calibration, usual = default_calibration(model), default_size(model)
+        calibration, usual = default_calibration(model, home() / "calibration"), default_size(model)
     job = prepare(
         checkpoint,
         dst or target(model, src, settings.form),

@@ -132,11 +132,11 @@ def default_size(model_name: str) -> Size:
     return Size(data.samples or usual.samples, data.seq_len or usual.seq_len)
 
 
-def default_calibration(model_name: str) -> Path:
-    """The calibration data that a known model's manifest names, where it ships with weightkit.
+def default_calibration(model_name: str, folder: Path = Path("calibration")) -> Path:
+    """The calibration data that a known model's manifest names: what ships with weightkit, or lies in ``folder``.
 
     Raises:
-        CalibrationError: it does not ship: the message has the command that fetches it. Or the manifest names none.
+        CalibrationError: it is not there yet: the message has the command that fetches it. Or the manifest names none.
         PlanError: no model of this name is known.
     """
     data = manifests.load(model_name).calibration
@@ -150,19 +150,22 @@ def default_calibration(model_name: str) -> Path:
         if data.path is None or not data.path.is_file():
             raise CalibrationError("no such file", where=data.path, fix="Restore it by reinstalling weightkit.")
         return data.path
-    raise _not_fetched(model_name, data.dataset, data.file)
+    fetched = folder / data.file
+    if fetched.is_file():
+        return fetched
+    raise _not_fetched(model_name, data.dataset, data.file, folder)
 
 
-def _not_fetched(model_name: str, dataset: manifests.Hub, file: str) -> CalibrationError:
+def _not_fetched(model_name: str, dataset: manifests.Hub, file: str, folder: Path) -> CalibrationError:
     words = ["hf", "download", dataset.id, file, "--repo-type", "dataset", "--revision", dataset.revision]
-    command = shlex.join([*words, "--local-dir", "calibration"])
+    command = shlex.join([*words, "--local-dir", str(folder)])
     takes = " (reading it takes pyarrow: pip install pyarrow)" if file.endswith(".parquet") else ""
     return CalibrationError(
         f"this model's calibration data does not ship with weightkit: {file} of the data set {dataset.id}",
         where=model_name,
         fix=f"Fetch it{takes}, or give text of your own to --calibration:\n"
         f"    {command}\n"
-        f"    --calibration {shlex.quote(f'calibration/{file}')}",
+        f"    --calibration {shlex.quote(str(folder / file))}",
     )
 
 
