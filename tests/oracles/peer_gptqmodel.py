@@ -13,11 +13,11 @@ from pathlib import Path
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else each load compiles the dequantization by a C++ compiler: half a minute
 
 import torch
-from oracle_cases import read_cases
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.quantization import FORMAT
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+from oracle_cases import read_cases
 from safetensors.torch import load_file, save_file
 
 
