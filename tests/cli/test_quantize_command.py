@@ -86,7 +86,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(workspace: Path, weight
     assert code == 0, err
     rows = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert rows["target"] == "weights/deepseek-v3/int4-g16 (new)"
-    assert rows["quantized"] == "on cpu, 1 rank"
+    assert rows["quantized"] == "1.3 MB of weights on cpu, 1 rank"
     assert rows["calibrated"] == "4 x 64 tokens, 256 in all"
     assert "snapshot" in rows
     cost = json.loads(weightkit(*arguments, "--json")[1])
