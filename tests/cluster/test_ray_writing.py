@@ -162,7 +162,8 @@ def test_a_worker_that_dies_costs_its_file_alone(
         file: sum(count - 1 for count in places.values()) for file, places in reads_by_file(writing.reads()).items()
     }
     assert {file for file, count in repeated.items() if count} == {name}
-    assert repeated[name] * STEP_BYTES <= 2 * DURABLE_BYTES  # it went on where it was durable
+    # it went on where it was known to be durable: word of that comes twice a second, while it is written on
+    assert repeated[name] * STEP_BYTES <= 4 * DURABLE_BYTES
 
 
 def test_a_node_that_dies_is_survived(source: Path, address: str, stripped: dict[str, bytes], tmp_path: Path) -> None:
