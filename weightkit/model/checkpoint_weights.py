@@ -24,7 +24,7 @@ from weightkit.model.stores import UNIT_BYTES, CacheUse, Resident, Source, Store
 from weightkit.transforms import cast
 from weightkit.units import human_bytes
 
-_ROUTER = (".mlp.gate.weight", ".mlp.gate.e_score_correction_bias")
+ROUTER = (".mlp.gate.weight", ".mlp.gate.e_score_correction_bias")
 _UNUSED = (".indexer.", "rotary_emb.inv_freq")
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -318,4 +318,4 @@ class CheckpointWeights:
         )
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(_ROUTER) else self.dtype
+        return torch.float32 if name.endswith(ROUTER) else self.dtype

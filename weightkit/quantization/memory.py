@@ -42,14 +42,6 @@ class MemoryPlan:
     kept: int
     host: int
 
-    def render(self) -> str:
-        """One line for a terminal."""
-        place = "on the device" if self.on_device else "in host memory"
-        return (
-            f"Activations: {human_bytes(self.activations)} {place}; beside them a layer takes up to"
-            f" {human_bytes(self.working)} there. Host memory: {human_bytes(self.host)}."
-        )
-
 
 def plan_memory(
     plan: QuantizationPlan,

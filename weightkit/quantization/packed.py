@@ -10,6 +10,9 @@ import torch
 
 from weightkit.kernels import gptq_format
 
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""The tensors of a linear map, in the order of the file."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -43,7 +46,7 @@ class Packed:
 
     def stored(self, module: str) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors by their names in the file."""
-        for part in ("qweight", "qzeros", "scales", "g_idx"):
+        for part in PARTS:
             yield f"{module}.{part}", getattr(self, part)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:

@@ -15,6 +15,7 @@ from weightkit.family import QUANTIZE_CONFIG_NAME, Architecture, Expected, bluep
 from weightkit.layouts.declare import architecture_of
 from weightkit.layouts.fileset import file_set
 from weightkit.layouts.published import shard_names
+from weightkit.quantization.packed import PARTS
 from weightkit.quantization.settings import Settings
 from weightkit.transforms import cast, strip_mtp
 from weightkit.writer import Plan, PlannedFile, make_plan
@@ -139,7 +140,7 @@ def _outputs(
         weight = f"{module}.weight"
         if name in plain:
             tensors[name] = plain[name]
-        elif part in ("qweight", "qzeros", "scales", "g_idx") and weight in plain:
+        elif part in PARTS and weight in plain:
             rows, columns = plain[weight].shape
             shapes[weight] = (rows, columns)
             tensors[name] = Promised(recipe, item.dtype, item.shape)

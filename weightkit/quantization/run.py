@@ -20,6 +20,7 @@ from weightkit.checkpoint.checkpoint import stored_tensors
 from weightkit.durable import STATE_DIR, only_writer
 from weightkit.errors import FormatError, Interrupted, MissingFileError, SpaceError, WeightkitError, WriteError
 from weightkit.model import Layer, Rope, Rotation
+from weightkit.model.checkpoint_weights import ROUTER
 from weightkit.model.loading import Loader
 from weightkit.quantization.activations import Activations, sequences_a_batch
 from weightkit.quantization.calibration import Calibration
@@ -28,7 +29,7 @@ from weightkit.quantization.job import Calibrated, Job, require_disk
 from weightkit.quantization.layer import LayerQuantizer
 from weightkit.quantization.layer_weights import LayerWeights
 from weightkit.quantization.outbox import Outbox
-from weightkit.quantization.packed import Packed
+from weightkit.quantization.packed import PARTS, Packed
 from weightkit.quantization.report import (
     CalibrationReport,
     LayerReport,
@@ -344,10 +345,6 @@ class _Work:
     def _tell(self, what: str) -> None:
         if self.run is not None:
             self.run.bar.note(what)
-
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-ROUTER = (".mlp.gate.weight", ".mlp.gate.e_score_correction_bias")
 
 
 def _layer_of(name: str) -> int:
