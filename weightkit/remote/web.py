@@ -6,17 +6,16 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
+import weightkit
 from weightkit.remote.patience import Hiccup, Patience
 
 if TYPE_CHECKING:
     import requests
 
 MAX_REDIRECTS = 8
-_VERSION = version("weightkit")
 _CONTENT_RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)")
 _REDIRECTS = (301, 302, 303, 307, 308)
 #: What may be otherwise the next time.
@@ -125,7 +124,7 @@ class Connection:
         at, announced = origin_of(home or url), None
         for _ in range(MAX_REDIRECTS):
             at_home = origin_of(url) == at
-            sent = {"User-Agent": f"weightkit/{_VERSION}", "Accept-Encoding": "identity"}
+            sent = {"User-Agent": f"weightkit/{weightkit.__version__}", "Accept-Encoding": "identity"}
             sent |= {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span is not None else {}
             sent |= dict(headers()) if at_home else {}
             response = self._get(url, sent)
