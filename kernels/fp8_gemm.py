@@ -31,6 +31,7 @@ from weightkit.kernels.gemm_plan import (
     check_jobs,
     check_place,
     check_rows,
+    config_of_jobs,
     job_table,
     on_device,
     split_of,
@@ -278,6 +279,21 @@ def fp8_experts(
         if count
     ]
     return torch.cat(parts)
+
+
+def experts_config(counts: Sequence[int], shape: tuple[int, int], device: torch.device) -> TileConfig:
+    """The config that :func:`fp8_experts` takes for all these jobs by itself, to be given to launches of some of them.
+
+    Each job's bits are then the same however the list is cut into launches.
+
+    Args:
+        counts: rows of each job; the largest is at least 1.
+        shape: N and K of each weight.
+        device: where they lie.
+    """
+    config = choose_config(max(counts))
+    outputs, inputs = shape
+    return config_of_jobs(config, outputs, triton.cdiv(inputs, config.depth), counts, device)
 
 
 def _launch(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -74,6 +74,23 @@ def split_of(config: TileConfig, tiles: int, steps: int, device: torch.device) -
         wanted = min(programs // max(tiles, 1), steps // STEPS_A_PROGRAM)
     each = triton.cdiv(steps, max(1, min(wanted, MOST_SPLITS, steps)))
     return Split(triton.cdiv(steps, each), each)
+
+
+def config_of_jobs(
+    config: TileConfig, outputs: int, steps: int, counts: Sequence[int], device: torch.device
+) -> TileConfig:
+    """``config`` with the splits that one launch of all these jobs takes.
+
+    A launch chooses its splits by all of its jobs. With this config a job's bits are the same whichever of the others
+    share its launch.
+
+    Args:
+        outputs: N of each weight.
+        steps: that ``config`` takes along K.
+        counts: rows of each job.
+    """
+    tiles = triton.cdiv(outputs, config.columns) * sum(triton.cdiv(count, config.tokens) for count in counts)
+    return replace(config, splits=split_of(config, tiles, steps, device).parts)
 
 
 def stages_of(config: TileConfig, step_bytes: int, device: torch.device) -> int:

@@ -42,6 +42,7 @@ from weightkit.kernels.gemm_plan import (
     check_jobs,
     check_place,
     check_rows,
+    config_of_jobs,
     job_table,
     on_device,
     split_of,
@@ -347,6 +348,22 @@ def int4_experts(
         if count
     ]
     return torch.cat(parts)
+
+
+def experts_config(counts: Sequence[int], shape: tuple[int, int], device: torch.device, *, bits: int = 4) -> TileConfig:
+    """The config that :func:`int4_experts` takes for all these jobs by itself, to be given to launches of some of them.
+
+    Each job's bits are then the same however the list is cut into launches.
+
+    Args:
+        counts: rows of each job; the largest is at least 1.
+        shape: N and K of each weight.
+        device: where they lie.
+        bits: as for :func:`int4_linear`.
+    """
+    config = choose_config(max(counts))
+    outputs, inputs = shape
+    return config_of_jobs(config, outputs, triton.cdiv(inputs * bits // 32, config.depth), counts, device)
 
 
 def _launch(

@@ -1,0 +1,80 @@
+"""Experts' products cut into several launches: with the config of all jobs, each job's bits are those of one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from gemm_cases import interpreted_copy
+
+from weightkit.kernels import fp8_gemm, int4_gemm
+
+N, K = 72, 1280
+COUNTS = [2, 1, 3, 1, 1]
+Product = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=["int4", "fp8"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest, kind: str) -> Iterator[ModuleType]:
+    if request.param == "interpreter":
+        with interpreted_copy(f"{kind}_gemm") as module:
+            yield module
+        return
+    module = {"int4": int4_gemm, "fp8": fp8_gemm}[kind]
+    if not torch.cuda.is_available() or module.interpreted():
+        pytest.skip("no CUDA device, or TRITON_INTERPRET is set")
+    yield module
+
+
+def operands(kind: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    random = np.random.default_rng(5)
+    found = []
+    for _ in COUNTS:
+        if kind == "int4":
+            codes = torch.from_numpy(random.integers(-(2**31), 2**31, (K // 8, N)).astype(np.int32))
+            scales = torch.from_numpy(random.uniform(0.001, 0.1, (K // 128, N)).astype(np.float16))
+        else:
+            codes = torch.from_numpy(random.normal(size=(N, K)).astype(np.float32)).to(torch.float8_e4m3fn)
+            scales = torch.from_numpy(random.uniform(0.001, 0.1, (1, K // 128)).astype(np.float32))
+        found.append((codes.to(device), scales.to(device)))
+    return found
+
+
+def test_bits_do_not_depend_on_what_shares_the_launch(kernels: ModuleType, kind: str) -> None:
+    device = torch.device("cpu" if kernels.interpreted() else "cuda")
+    pairs, x = operands(kind, device), torch.randn(sum(COUNTS), K, generator=torch.Generator().manual_seed(1))
+    x = x.bfloat16().to(device)
+    starts = [sum(COUNTS[:job]) for job in range(len(COUNTS))]
+    product = kernels.int4_experts if kind == "int4" else kernels.fp8_experts
+    more = {"group_size": 128} if kind == "int4" else {}
+    config = kernels.experts_config(COUNTS, (N, K), device)
+    assert config.splits > 0
+
+    def in_chunks(size: int) -> torch.Tensor:
+        parts = []
+        for first in range(0, len(COUNTS), size):
+            jobs = slice(first, first + size)
+            codes, scales = zip(*pairs[jobs], strict=True)
+            parts.append(product(x, codes, scales, COUNTS[jobs], starts=starts[jobs], config=config, **more))
+        return torch.cat(parts)
+
+    codes, scales = zip(*pairs, strict=True)
+    whole = product(x, codes, scales, COUNTS, **more)
+    assert torch.equal(in_chunks(len(COUNTS)), whole)
+    assert torch.equal(in_chunks(3), whole)
+    assert torch.equal(in_chunks(1), whole)
+
+
+def test_a_launch_of_few_jobs_would_split_otherwise() -> None:
+    """Else the test above shows nothing: alone, a job is given more splits than all together leave for it."""
+    cpu = torch.device("cpu")
+    for module in (int4_gemm, fp8_gemm):
+        assert module.experts_config([1], (N, K), cpu).splits > module.experts_config(COUNTS, (N, K), cpu).splits
