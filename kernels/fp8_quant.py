@@ -8,8 +8,8 @@ A block of 128 x 128 values has one F32 scale, a value the E4M3 code nearest to 
    half the last place of w; the scales that explain the whole block are the intersection. The codes follow from any
    scale near it, and its largest code, up to a power of two, is one of eight: those are tried, 448 first, which a
    quantizer gives.
-2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one (``scale_fmt: ue8m0``, V3.1 on). A block
-   of zeros has the scale 1.
+2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one that is no subnormal (``scale_fmt: ue8m0``,
+   V3.1 on). A block of zeros, or of values so small that this is 0, has the scale 1.
 
 NaN becomes the code 0x7F. Inf has no code: callers refuse it.
 """
@@ -89,7 +89,8 @@ def _quantize_kernel(
     largest = tl.max(tl.max(tl.where(value == value, size, 0.0), axis=0), axis=0)
     whole = tl.max(tl.max(tl.where(finite, 0, 1), axis=0), axis=0) == 0
 
-    scale = tl.where(largest > 0.0, tl.div_rn(largest, tl.full((), 448.0, tl.float32)), 1.0)
+    scale = tl.div_rn(largest, tl.full((), 448.0, tl.float32))
+    scale = tl.where(scale > 0.0, scale, 1.0)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         up = tl.where((bits & 0x7FFFFF) != 0, 0x800000, 0)
@@ -202,8 +203,10 @@ def require_matrix(values: torch.Tensor) -> None:
 
 def _plain(block: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     largest = torch.nan_to_num(block.float().abs(), nan=0.0).max()
-    scale = torch.where(largest > 0, largest / LARGEST, torch.ones(()))
-    return torch.exp2(torch.ceil(torch.log2(scale))) if power_of_two else scale
+    scale = largest / LARGEST
+    if not scale > 0:
+        return torch.ones(())
+    return torch.exp2(torch.ceil(torch.log2(scale)).clamp(min=-126)) if power_of_two else scale
 
 
 def _explained(block: torch.Tensor) -> torch.Tensor | None:

@@ -17,7 +17,12 @@ _MANTISSA_BITS = {"BF16": 7, "F16": 10, "F32": 23}
 
 
 def quantize_cpu(
-    values: npt.NDArray[np.uint8], shape: tuple[int, int], dtype: str, *, power_of_two: bool = False
+    values: npt.NDArray[np.uint8],
+    shape: tuple[int, int],
+    dtype: str,
+    *,
+    power_of_two: bool = False,
+    out: npt.NDArray[np.uint8] | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     """Codes U8 [M, N] and scales F32 [ceil(M / 128), ceil(N / 128)] of a matrix.
 
@@ -26,6 +31,7 @@ def quantize_cpu(
         shape: [M, N].
         dtype: ``BF16``, ``F16`` or ``F32``.
         power_of_two: scales are powers of two.
+        out: where to put the codes, of their shape, contiguous.
 
     Raises:
         PlanError: another dtype.
@@ -35,22 +41,22 @@ def quantize_cpu(
     if dtype not in _MANTISSA_BITS:
         raise PlanError("values that cannot be quantized in blocks", expected="BF16, F16 or F32", found=dtype)
     rows, columns = shape
-    codes = np.empty(shape, np.uint8)
+    codes = np.empty(shape, np.uint8) if out is None else out
     scales = np.empty((-(-rows // BLOCK), -(-columns // BLOCK)), np.float32)
     for block_row in range(len(scales)):
         part = slice(block_row * BLOCK, min((block_row + 1) * BLOCK, rows))
-        wide = _widened(values, part, columns, dtype)
-        quantize_rows(wide, codes[part], scales[block_row], _MANTISSA_BITS[dtype], power_of_two)
+        bits = _bits(values, part, columns, dtype)
+        quantize_rows(bits, codes[part], scales[block_row], _MANTISSA_BITS[dtype], power_of_two)
     return codes, scales
 
 
-def _widened(values: npt.NDArray[np.uint8], rows: slice, columns: int, dtype: str) -> npt.NDArray[np.float32]:
-    """Rows of a matrix in F32, exactly."""
+def _bits(
+    values: npt.NDArray[np.uint8], rows: slice, columns: int, dtype: str
+) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
+    """Rows of a matrix: BF16 as it is, the others in F32, exactly."""
     itemsize = 4 if dtype == "F32" else 2
     raw = values[rows.start * columns * itemsize : rows.stop * columns * itemsize]
     if dtype == "BF16":
-        wide = raw.view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32).reshape(-1, columns)
-    source: npt.NDArray[np.float32] = raw.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
-    return source.reshape(-1, columns)
+        return raw.view(np.uint16).reshape(-1, columns)
+    wide = raw.view(np.float16).astype(np.float32) if dtype == "F16" else raw
+    return wide.view(np.uint32).reshape(-1, columns)

@@ -22,7 +22,7 @@ def from_fp8(dtype: torch.dtype, rows: int = 300, columns: int = 200, seed: int 
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
     codes[(codes & 0x7F) == 0x7F] = 0
     codes[128:256, :128] %= 0x60
-    codes[5] = 0
+    codes[5:6] = 0
     scales = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator) * 0.002 + 0.0005
     each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
     return (codes.view(torch.float8_e4m3fn).float() * each).to(dtype)
@@ -44,6 +44,7 @@ def cases(dtype: torch.dtype) -> list[torch.Tensor]:
     odd = plain.clone()
     odd[3, 4] = float("nan")
     odd[:128, 128:256] = 0
+    odd[128:, 128:256] *= 2.0**-146  # in F32 too small for a scale, else 0
     return [from_fp8(dtype), plain, odd]
 
 
@@ -86,6 +87,58 @@ def test_the_compiled_loop_equals_the_reference(dtype: torch.dtype, power_of_two
         expected_codes, expected_scales = fp8_quant.quantize_reference(values, power_of_two=power_of_two)
         assert torch.equal(codes, expected_codes)
         assert torch.equal(scales, expected_scales)
+
+
+def assert_equals_the_reference(values: torch.Tensor) -> None:
+    for power_of_two in (False, True):
+        codes, scales = on_cpu(values, power_of_two)
+        expected_codes, expected_scales = fp8_quant.quantize_reference(values, power_of_two=power_of_two)
+        assert torch.equal(scales, expected_scales)
+        assert torch.equal(codes, expected_codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_finite_pattern(dtype: torch.dtype) -> None:
+    """In blocks that hold all magnitudes, and in blocks that hold some hundred neighbours, subnormals among them."""
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    patterns = patterns[torch.isfinite(patterns)]
+    patterns = patterns[patterns.float().abs().argsort(stable=True)]
+    for start in (0, 300, 1500, len(patterns) - 512):
+        assert_equals_the_reference(patterns[start : start + 512].view(4, 128))
+    mixed = patterns[torch.randperm(len(patterns), generator=torch.Generator().manual_seed(5))]
+    assert_equals_the_reference(mixed[: len(mixed) // 250 * 250].view(-1, 250))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_near_ties_of_the_codes(dtype: torch.dtype) -> None:
+    codes = fp8_quant.decode_e4m3(torch.arange(127, dtype=torch.uint8))
+    between = (codes[1:] + codes[:-1]) / 2
+    generator = torch.Generator().manual_seed(6)
+    for exponent in (-140, -20, -3):
+        values = between[torch.randint(0, 126, (128, 256), generator=generator)]
+        values[0, 0] = values[0, 128] = 448
+        values = (values * 2.0 ** (exponent / 2) * 2.0 ** (exponent / 2)).to(dtype)
+        bits = values.view(torch.int32 if dtype == torch.float32 else torch.int16)
+        near = torch.randint(-1, 2, bits.shape, generator=generator).to(bits.dtype)
+        bits += near.masked_fill_(bits == 0, 0)
+        assert_equals_the_reference(values)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1300), (129, 300), (3, 1151)], ids=str)
+def test_shapes(shape: tuple[int, int]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    assert_equals_the_reference(values.to(torch.bfloat16))
+    assert_equals_the_reference(from_fp8(torch.float32, *shape))
+
+
+def test_scales_below_the_least_of_f32_are_one() -> None:
+    values = torch.zeros(2, 130)
+    values[0, 3], values[1, 129] = 2.0**-149, 2.0**-140
+    codes, scales = on_cpu(values, power_of_two=False)
+    assert scales[0, 0] == 1
+    assert 0 < scales[0, 1] < 2**-147
+    assert torch.equal(codes != 0, values > 2.0**-149)
+    assert_equals_the_reference(values)
 
 
 INTERPRETED = """
