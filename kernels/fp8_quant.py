@@ -8,8 +8,8 @@ A block of 128 x 128 values has one F32 scale, a value the E4M3 code nearest to 
    half the last place of w; the scales that explain the whole block are the intersection. The codes follow from any
    scale near it, and its largest code, up to a power of two, is one of eight: those are tried, 448 first, which a
    quantizer gives.
-2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one that is no subnormal (``scale_fmt: ue8m0``,
-   V3.1 on). A block of zeros, or of values so small that this is 0, has the scale 1.
+2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one that is no subnormal (``scale_fmt:
+   ue8m0``, V3.1 on). A block of zeros, or of values so small that this is 0, has the scale 1.
 
 NaN becomes the code 0x7F. Inf has no code: callers refuse it.
 """
