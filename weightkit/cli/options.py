@@ -155,7 +155,7 @@ class Conversion:
         """Carry out, or only print, the writing of ``what`` to DST, or to the place that its ``form`` has in the
         workspace."""
         from weightkit.checkpoint import Checkpoint
-        from weightkit.compute import choose_engine
+        from weightkit.compute import start_engine
         from weightkit.layouts import lay_out_published
         from weightkit.workspace import target
         from weightkit.writer import execute, make_plan, summarize
@@ -169,8 +169,8 @@ class Conversion:
         if self.dry_run:
             return
         engine, executor = None, self._executor()
-        if plan.computed_tensors and executor is None:
-            engine = choose_engine(self.device)  # type: ignore[arg-type]
+        if executor is None and (computed := plan.computed):
+            engine = start_engine(self.device, computed)  # type: ignore[arg-type]
         written = execute(
             plan,
             jobs=self.jobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,7 +13,7 @@ from weightkit.checkpoint import Reader
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.cluster.news import Desk, News, tell
 from weightkit.cluster.sight import SHARE, require_seen, require_version
-from weightkit.compute import Engine, choose_engine
+from weightkit.compute import EngineSupply, start_engine
 from weightkit.compute.engines import DeviceName
 from weightkit.durable import STATE_DIR, is_held
 from weightkit.errors import ClusterError
@@ -42,6 +43,8 @@ class Order:
         partial: where it is filled.
         before: what an earlier attempt made durable there.
         stamps: of the source files that this one is made from.
+        endpoints: where addresses are asked for, as ``weightkit.remote.address.endpoints`` has it. Who asks is the
+            node's own matter: no token travels.
     """
 
     place: Place
@@ -50,6 +53,7 @@ class Order:
     before: Progress | None
     stamps: Mapping[str, Stamp]
     device: DeviceName
+    endpoints: Mapping[str, str]
 
 
 def look(place: Place, stamps: Mapping[str, Stamp], version: str) -> None:
@@ -74,6 +78,7 @@ def write_file(order: Order) -> Iterator[News]:
 
 def _fill(order: Order, desk: Desk) -> str:
     target = order.place.target
+    os.environ.update(order.endpoints)
     with disk_errors(target), Reader(order.stamps, ahead_bytes=AHEAD_BYTES, stop=desk.stop) as reader:
         desk.read_bytes = lambda: reader.bytes_read
         writer = FileWriter(reader, _engine(order.device))
@@ -81,6 +86,6 @@ def _fill(order: Order, desk: Desk) -> str:
 
 
 @cache
-def _engine(device: DeviceName) -> Engine:
+def _engine(device: DeviceName) -> EngineSupply:
     """One a process, which serves several tasks one after the other."""
-    return choose_engine(device)
+    return start_engine(device)

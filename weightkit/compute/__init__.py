@@ -1,16 +1,30 @@
 """From lazy tensors to bytes: evaluation on the CPU or a GPU. The writer and the model both read through it."""
 
-from weightkit.compute.engines import CpuEngine, CudaEngine, Engine, PackedWeight, choose_engine
-from weightkit.compute.evaluate import evaluate, read_packed, strip_bytes, strips
+from weightkit.compute.engines import (
+    CpuEngine,
+    CudaEngine,
+    Engine,
+    EngineSupply,
+    PackedWeight,
+    Started,
+    choose_engine,
+)
+from weightkit.compute.evaluate import evaluate, read_packed, start, strip_bytes, strips
+from weightkit.compute.starting import StartingEngine, start_engine
 
 __all__ = [
     "CpuEngine",
     "CudaEngine",
     "Engine",
+    "EngineSupply",
     "PackedWeight",
+    "Started",
+    "StartingEngine",
     "choose_engine",
     "evaluate",
     "read_packed",
+    "start",
+    "start_engine",
     "strip_bytes",
     "strips",
 ]

@@ -1,13 +1,16 @@
-"""Where lazy tensors are computed: on the CPU, or on a CUDA device. Both give the same bits.
+"""Where lazy tensors are computed: on the CPU, or on CUDA devices. Both give the same bits.
 
 An engine owns scratch buffers, one set a thread, so that strips of many megabytes cost no page faults. Threads may
-share it.
+share it. ``weightkit.compute.starting`` has one that is the CPU until the GPU is ready.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -44,10 +47,46 @@ class PackedWeight:
         return self.scales.shape[1], len(self.g_idx)
 
 
+class Started(Protocol):
+    """A strip that is being computed, or was.
+
+    Attributes:
+        is_here: whether it lies in scratch of the thread's that the next call overwrites. Else it may wait, one such
+            strip of a thread while it starts the next.
+    """
+
+    is_here: bool
+
+    def bytes(self) -> Bytes:
+        """All of it, flat, in scratch that the same thread's next call may overwrite; waits for it."""
+        ...
+
+    def copy_to(self, start: int, out: Bytes) -> None:
+        """Bytes from ``start`` on into ``out``; waits for them."""
+        ...
+
+    def pin(self, memory: Bytes) -> Callable[[], None]:
+        """Lock the pages of ``memory``, so that ``copy_to`` into them is the device's work alone. Returns what undoes
+        it, once nothing is copied any more."""
+        ...
+
+
+class EngineSupply(Protocol):
+    """Who says where to compute next: every engine itself, or one that is about to have another."""
+
+    def now(self) -> Engine:
+        """The engine for the next strip. Raises ``DeviceError`` where the device that was asked for has failed."""
+        ...
+
+
 class Engine(Protocol):
     """What evaluation needs. The arrays returned may be scratch: the same thread's next call overwrites them."""
 
     name: str
+
+    def now(self) -> Engine:
+        """Itself. See ``EngineSupply``."""
+        ...
 
     def buffer(self, purpose: str, count: int) -> Bytes:
         """``count`` bytes of this thread's scratch for ``purpose``."""
@@ -72,19 +111,32 @@ class Engine(Protocol):
         """Flat bytes of ``source`` floats, rounded to nearest even in ``dtype``."""
         ...
 
+    def start_dequantize(self, weight: Bytes, scale: Scales, dtype: str) -> Started:
+        """As ``dequantize``, begun. The buffers that the arguments lie in may be asked for again at once."""
+        ...
 
-class _Scratch:
-    """Buffers that grow to the largest size asked for, a set for each thread."""
+    def start_dequantize_groups(self, packed: PackedWeight, dtype: str) -> Started:
+        """As ``dequantize_groups``, begun."""
+        ...
+
+    def start_quantize_blocks(
+        self, values: Bytes, shape: tuple[int, int], dtype: str, power_of_two: bool
+    ) -> tuple[Started, Started]:
+        """As ``quantize_blocks``, begun: codes and scales."""
+        ...
+
+
+class _Buffers:
+    """Buffers by purpose, which grow to the largest size asked for."""
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
-        self._held = threading.local()
+        self._held: dict[str, Bytes] = {}
 
     def __call__(self, purpose: str, count: int) -> Bytes:
-        held: dict[str, Bytes] = self._held.__dict__
-        buffer = held.get(purpose)
+        buffer = self._held.get(purpose)
         if buffer is None or len(buffer) < count:
-            buffer = held[purpose] = self._allocate(count)
+            buffer = self._held[purpose] = self._allocate(count)
         return buffer[:count]
 
     def _allocate(self, count: int) -> Bytes:
@@ -95,13 +147,40 @@ class _Scratch:
         return torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy()
 
 
+class Here:
+    """A strip that is computed: its bytes are in host memory. See ``Started``."""
+
+    is_here = True
+
+    def __init__(self, data: Bytes) -> None:
+        self._data = data
+
+    def bytes(self) -> Bytes:
+        return self._data
+
+    def copy_to(self, start: int, out: Bytes) -> None:
+        np.copyto(out, self._data[start : start + len(out)])
+
+    def pin(self, memory: Bytes) -> Callable[[], None]:
+        return lambda: None
+
+
 class CpuEngine:
     """Compiled loops for FP8 and GPTQ, torch for plain casts."""
 
     name = "cpu"
 
     def __init__(self) -> None:
-        self.buffer = _Scratch()
+        self._threads = threading.local()
+
+    def now(self) -> CpuEngine:
+        return self
+
+    def buffer(self, purpose: str, count: int) -> Bytes:
+        buffers: _Buffers | None = getattr(self._threads, "buffers", None)
+        if buffers is None:
+            buffers = self._threads.buffers = _Buffers()
+        return buffers(purpose, count)
 
     def dequantize(self, weight: Bytes, scale: Scales, dtype: str) -> Bytes:
         from weightkit.kernels.fp8_dequant_cpu import dequant_cpu
@@ -132,91 +211,236 @@ class CpuEngine:
     ) -> tuple[Bytes, Scales]:
         from weightkit.kernels.fp8_quant_cpu import quantize_cpu
 
-        codes, scales = quantize_cpu(values, shape, dtype, power_of_two=power_of_two)
+        out = self.buffer("quantized", prod(shape)).reshape(shape)
+        codes, scales = quantize_cpu(values, shape, dtype, power_of_two=power_of_two, out=out)
         return codes.reshape(-1), scales
 
     def cast(self, values: Bytes, source: str, dtype: str) -> Bytes:
         return _cast(values, source, dtype)
 
+    def start_dequantize(self, weight: Bytes, scale: Scales, dtype: str) -> Started:
+        return Here(self.dequantize(weight, scale, dtype))
+
+    def start_dequantize_groups(self, packed: PackedWeight, dtype: str) -> Started:
+        return Here(self.dequantize_groups(packed, dtype))
+
+    def start_quantize_blocks(
+        self, values: Bytes, shape: tuple[int, int], dtype: str, power_of_two: bool
+    ) -> tuple[Started, Started]:
+        codes, scales = self.quantize_blocks(values, shape, dtype, power_of_two)
+        return Here(codes), Here(scales.reshape(-1).view(np.uint8))
+
+
+#: Sets of pinned buffers a thread, used in turn: one is read into while the device reads the other.
+SLOTS = 2
+
+
+class _Slot:
+    """Pinned buffers, and the event after which the device needs them no more."""
+
+    def __init__(self) -> None:
+        self.buffer = _Buffers(pinned=True)
+        self.passed: torch.cuda.Event | None = None
+
+
+class _Lane:
+    """A thread's way to its device: a stream for what goes there and is computed, one for what comes back, and slots.
+
+    With two streams the results of one strip come back while the codes of the next go up.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.device = device
+        with torch.cuda.device(device):
+            self.compute, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.result = _Buffers(pinned=True)
+        self._slots = itertools.cycle([_Slot() for _ in range(SLOTS)])
+        self.slot = next(self._slots)
+
+    def turn(self, passed: torch.cuda.Event) -> None:
+        """The current slot is in use until ``passed``; go to the next, once that is free."""
+        self.slot.passed = passed
+        self.slot = next(self._slots)
+        if self.slot.passed is not None:
+            self.slot.passed.synchronize()
+            self.slot.passed = None
+
+    @contextmanager
+    def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """Queue on one of its streams. Says as a ``DeviceError`` what CUDA says."""
+        import torch
+
+        with cuda_errors(self.device), torch.cuda.device(self.device), torch.cuda.stream(stream):
+            yield
+
+
+class _OnDevice:
+    """A strip in a device's memory, or on its way there. See ``Started``."""
+
+    is_here = False
+
+    def __init__(self, lane: _Lane, values: torch.Tensor, ready: torch.cuda.Event) -> None:
+        import torch
+
+        self._lane, self._values, self._ready = lane, values.view(-1).view(torch.uint8), ready
+
+    def bytes(self) -> Bytes:
+        out = self._lane.result("result", self._values.numel())
+        self.copy_to(0, out)
+        return out
+
+    def copy_to(self, start: int, out: Bytes) -> None:
+        import torch
+
+        with self._lane.on(self._lane.down):
+            self._lane.down.wait_event(self._ready)
+            torch.from_numpy(out).copy_(self._values[start : start + len(out)], non_blocking=True)
+            done = _event(self._lane.down)
+            done.synchronize()
+
+    def pin(self, memory: Bytes) -> Callable[[], None]:
+        import torch
+
+        address, runtime = memory.ctypes.data, torch.cuda.cudart()
+        with torch.cuda.device(self._lane.device):
+            if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) != 0:
+                return lambda: None  # the driver then copies by way of pinned memory of its own
+        return lambda: runtime.cudaHostUnregister(address)
+
 
 class CudaEngine:
-    """Triton kernels between pinned buffers, each thread on a stream of its own, so that copies of several overlap."""
+    """Triton kernels on one device or several, which threads are dealt out to in turn, each with streams of its own.
 
-    def __init__(self, device: str = "cuda") -> None:
+    Args:
+        devices: their numbers among those that CUDA shows; default the calling thread's current one.
+
+    Raises ``DeviceError`` where there is none.
+    """
+
+    def __init__(self, devices: Sequence[int] | None = None) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise DeviceError("no CUDA device is usable", where="--device", found=device, fix="Use --device cpu.")
-        self._device = torch.device(device)
-        self._streams = threading.local()
-        self.buffer = _Scratch(pinned=True)
-        self.name = torch.cuda.get_device_name(self._device)
+            raise no_device()
+        numbers = [torch.cuda.current_device()] if devices is None else devices
+        self._devices = itertools.cycle([torch.device("cuda", number) for number in numbers])
+        self._threads = threading.local()
+        self._dealing = threading.Lock()
+        self.name = torch.cuda.get_device_name(numbers[0])
+
+    def now(self) -> CudaEngine:
+        return self
+
+    def buffer(self, purpose: str, count: int) -> Bytes:
+        lane = self._lane()
+        with cuda_errors(lane.device):
+            return lane.slot.buffer(purpose, count)
 
     def dequantize(self, weight: Bytes, scale: Scales, dtype: str) -> Bytes:
-        import torch
+        return self.start_dequantize(weight, scale, dtype).bytes()
 
+    def start_dequantize(self, weight: Bytes, scale: Scales, dtype: str) -> Started:
         from weightkit.kernels.fp8_dequant import dequant
 
-        out = self.buffer("dequantized", weight.size * itemsize(dtype))
-        target = torch.from_numpy(out).view(_torch_dtype(dtype)).view(weight.shape)
-        stream = self._stream()
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            codes = torch.from_numpy(weight).to(self._device, non_blocking=True)
-            scales = torch.from_numpy(scale).to(self._device, non_blocking=True)
-            target.copy_(dequant(codes, scales, _torch_dtype(dtype)), non_blocking=True)
-            stream.synchronize()
-        return out
+        lane = self._lane()
+        with lane.on(lane.compute):
+            made = dequant(_upload(weight, lane), _upload(scale, lane), _torch_dtype(dtype))
+            return _started(lane, made)[0]
 
     def dequantize_groups(self, packed: PackedWeight, dtype: str) -> Bytes:
-        import torch
+        return self.start_dequantize_groups(packed, dtype).bytes()
 
+    def start_dequantize_groups(self, packed: PackedWeight, dtype: str) -> Started:
         from weightkit.kernels.gptq_format import dequant
 
-        out = self.buffer("dequantized", prod(packed.shape) * itemsize(dtype))
-        target = torch.from_numpy(out).view(_torch_dtype(dtype)).view(packed.shape)
-        stored = (packed.qweight, packed.qzeros, packed.scales, packed.g_idx)
-        stream = self._stream()
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            qweight, qzeros, scales, g_idx = (
-                torch.from_numpy(array).to(self._device, non_blocking=True) for array in stored
-            )
-            weight = dequant(qweight, qzeros, scales, g_idx, packed.bits, packed.zero_offset, _torch_dtype(dtype))
-            target.copy_(weight, non_blocking=True)
-            stream.synchronize()
-        return out
+        lane, stored = self._lane(), (packed.qweight, packed.qzeros, packed.scales, packed.g_idx)
+        with lane.on(lane.compute):
+            qweight, qzeros, scales, g_idx = (_upload(array, lane) for array in stored)
+            made = dequant(qweight, qzeros, scales, g_idx, packed.bits, packed.zero_offset, _torch_dtype(dtype))
+            return _started(lane, made)[0]
 
     def quantize_blocks(
         self, values: Bytes, shape: tuple[int, int], dtype: str, power_of_two: bool
     ) -> tuple[Bytes, Scales]:
-        import torch
+        codes, scales = self.start_quantize_blocks(values, shape, dtype, power_of_two)
+        found = scales.bytes().view(np.float32).reshape(-(-shape[0] // 128), -(-shape[1] // 128)).copy()
+        return codes.bytes(), found
 
+    def start_quantize_blocks(
+        self, values: Bytes, shape: tuple[int, int], dtype: str, power_of_two: bool
+    ) -> tuple[Started, Started]:
         from weightkit.kernels.fp8_quant import quantize
 
-        stream = self._stream()
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            matrix = torch.from_numpy(values).to(self._device, non_blocking=True).view(_torch_dtype(dtype)).view(shape)
-            codes, scales = quantize(matrix, power_of_two=power_of_two)
-            out = torch.from_numpy(self.buffer("quantized", codes.numel())).view(shape)
-            out.copy_(codes, non_blocking=True)
-            found = scales.cpu()
-            stream.synchronize()
-        return out.view(-1).numpy(), found.numpy()
+        lane = self._lane()
+        with lane.on(lane.compute):
+            matrix = _upload(values, lane).view(_torch_dtype(dtype)).view(shape)
+            codes, scales = _started(lane, *quantize(matrix, power_of_two=power_of_two))
+        return codes, scales
 
     def cast(self, values: Bytes, source: str, dtype: str) -> Bytes:
         return _cast(values, source, dtype)
 
-    def _stream(self) -> torch.cuda.Stream:
-        import torch
+    def _lane(self) -> _Lane:
+        lane: _Lane | None = getattr(self._threads, "lane", None)
+        if lane is None:
+            with self._dealing:
+                device = next(self._devices)
+            with cuda_errors(device):
+                lane = self._threads.lane = _Lane(device)
+        return lane
 
-        stream: torch.cuda.Stream | None = getattr(self._streams, "stream", None)
-        if stream is None:
-            stream = self._streams.stream = torch.cuda.Stream(self._device)
-        return stream
+
+def _upload(array: npt.NDArray[np.generic], lane: _Lane) -> torch.Tensor:
+    """On the current stream; of memory that is not pinned CUDA keeps a copy before this returns."""
+    import torch
+
+    return torch.from_numpy(array).to(lane.device, non_blocking=True)
+
+
+def _started(lane: _Lane, *made: torch.Tensor) -> list[Started]:
+    """What the current stream, the lane's, will have made of the slot's buffers."""
+    ready = _event(lane.compute)
+    started: list[Started] = [_OnDevice(lane, values, ready) for values in made]
+    lane.turn(ready)
+    return started
+
+
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """What the stream has to do until now. Waiting for it costs no processor time."""
+    import torch
+
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event
+
+
+@contextmanager
+def cuda_errors(device: object) -> Iterator[None]:
+    """Say as a ``DeviceError`` what CUDA says of a device."""
+    import torch
+
+    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    try:
+        yield
+    except kinds as exc:
+        first = str(exc).partition("\n")[0]
+        raise DeviceError("the GPU failed", where=device, found=first, fix="Use --device cpu.") from exc
+
+
+def no_device() -> DeviceError:
+    """What to raise where there is no GPU."""
+    return DeviceError("no CUDA device is usable", where="--device", found="cuda", fix="Use --device cpu.")
 
 
 def choose_engine(device: DeviceName = "auto") -> Engine:
-    """The engine for ``--device``: ``auto`` takes a GPU where there is one. Raises ``DeviceError``."""
-    if device == "cpu" or (device == "auto" and not _has_driver()):
+    """The engine for ``--device``, ready: ``auto`` takes a GPU where there is one, the current one of several.
+
+    For who must know which it is. Whoever need not, and would lose the seconds that a GPU takes to start, asks
+    ``start_engine``. Raises ``DeviceError``.
+    """
+    if device == "cpu" or (device == "auto" and not has_driver()):
         return CpuEngine()
     import torch
 
@@ -225,7 +449,7 @@ def choose_engine(device: DeviceName = "auto") -> Engine:
     return CudaEngine()
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
     """Whether a GPU's driver is there. Asked before torch, whose import takes as long as casting some gigabytes."""
     if sys.platform != "linux":
         return True

@@ -25,7 +25,7 @@ from weightkit.checkpoint.tensors import (
     size_bytes,
     stored_parts,
 )
-from weightkit.compute.engines import Engine, PackedWeight
+from weightkit.compute.engines import Engine, Here, PackedWeight, Started
 from weightkit.kernels.gptq_format_cpu import require_groups
 
 #: A strip's rows are a multiple of this, so that strips of block-scaled weights stay block-scaled.
@@ -103,6 +103,25 @@ def evaluate(tensor: LazyTensor, reader: Reader, engine: Engine) -> Bytes:
             return np.concatenate(arrays, axis=dim).reshape(-1).view(np.uint8)
         case _:
             return reader.read(tensor, engine.buffer("plain", size_bytes(tensor)))
+
+
+def start(tensor: LazyTensor, reader: Reader, engine: Engine) -> Started:
+    """Read what the tensor is made from, and begin to compute its bytes; those of ``evaluate``.
+
+    What a device computes is waited for by whoever asks for the bytes; the rest is done when this returns.
+    """
+    match tensor:
+        case Dequantized(weight, scale, dtype):
+            raw = reader.read(weight, engine.buffer("weight", size_bytes(weight)))
+            scales = reader.read(scale, engine.buffer("scale", size_bytes(scale))).view(np.float32)
+            return engine.start_dequantize(raw.reshape(weight.shape), scales.reshape(scale.shape), dtype)
+        case GroupDequantized():
+            return engine.start_dequantize_groups(read_packed(tensor, reader, engine), tensor.dtype)
+        case BlockQuantized(source, scales, power_of_two) if is_plain(source):
+            values, (rows, columns) = evaluate(source, reader, engine), source.shape
+            started = engine.start_quantize_blocks(values, (rows, columns), source.dtype, power_of_two)
+            return started[1] if scales else started[0]
+    return Here(evaluate(tensor, reader, engine))
 
 
 def read_packed(tensor: GroupDequantized, reader: Reader, engine: Engine) -> PackedWeight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightkit.checkpoint import Checkpoint
-from weightkit.compute import choose_engine
+from weightkit.compute import start_engine
 from weightkit.compute.engines import DeviceName
 from weightkit.layouts import FileSet, lay_out_published
 from weightkit.writer.executor import Executor, Written, execute
@@ -38,7 +38,8 @@ def write(
     Raises: as ``execute`` and ``make_plan``.
     """
     plan = make_plan(lay_out_published(what) if isinstance(what, Checkpoint) else what, target)
-    engine = choose_engine(device) if plan.computed_tensors and executor is None else None
+    computed = plan.computed
+    engine = start_engine(device, computed) if computed and executor is None else None
     return execute(
         plan,
         jobs=jobs,

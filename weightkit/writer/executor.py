@@ -22,7 +22,7 @@ from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.checkpoint.reading import SCRATCH_BYTES
 from weightkit.checkpoint.tensors import Stored, size_bytes
-from weightkit.compute import CpuEngine, Engine, strip_bytes
+from weightkit.compute import CpuEngine, EngineSupply, StartingEngine, strip_bytes
 from weightkit.compute.evaluate import STRIP_ROWS
 from weightkit.durable import FULL, PARTIAL, STATE_DIR, Hold, no_space, only_writer, sync_folder, write_whole
 from weightkit.errors import Interrupted, PlanError, WriteError
@@ -159,7 +159,7 @@ def execute(
     plan: Plan,
     *,
     jobs: int | None = None,
-    engine: Engine | None = None,
+    engine: EngineSupply | None = None,
     executor: Executor | None = None,
     progress: bool = True,
     force: bool = False,
@@ -222,7 +222,7 @@ def execute(
 def open_run(
     plan: Plan,
     *,
-    engine: Engine | None,
+    engine: EngineSupply | None,
     progress: bool,
     force: bool,
     promises: Promises | None = None,
@@ -244,6 +244,8 @@ def open_run(
                 clear_target(target)
             bar = ProgressBar(plan.bytes_written, target.name, shown=progress, parts=len(plan.files))
             sources = SourceRecord(target)
+            if isinstance(engine, StartingEngine):
+                engine.tell(bar.tell)
             with _reader(plan, sourcing, state.files, sources, bar.tell) as reader, bar:
                 run = Run(plan, reader, engine or CpuEngine(), bar, dict(state.files), hold, promises, sources)
                 try:
@@ -308,7 +310,7 @@ class Run:
         self,
         plan: Plan,
         reader: Reader,
-        engine: Engine,
+        engine: EngineSupply,
         bar: ProgressBar,
         history: dict[str, Progress],
         hold: Hold,

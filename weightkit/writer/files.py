@@ -5,8 +5,11 @@ sees source and target; its final name is given by the process that holds the ta
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,15 +17,19 @@ from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.copies import Copy
 from weightkit.checkpoint.reading import Bytes
 from weightkit.checkpoint.tensors import Promised, size_bytes
-from weightkit.compute import Engine, evaluate
+from weightkit.compute import EngineSupply, Started, start
+from weightkit.compute.engines import Here
 from weightkit.errors import WriteError
 from weightkit.writer.journal import Progress
-from weightkit.writer.pieces import Copied, Made, pieces, require_in_range
+from weightkit.writer.pieces import Copied, Made, may_leave_range, pieces, require_in_range
 from weightkit.writer.plan import PlannedFile
+from weightkit.writer.spool import SpoolingReader
 from weightkit.writer.stream import BUFFER_BYTES, AppendStream
 
 #: A worker's next reads, which the disk is to begin with: 16 MB were as good as 64.
 AHEAD_BYTES = 16 << 20
+#: Strips that a device computes while the next one is read.
+STARTED = 1
 #: A file's progress is made durable this often; a stop by kill -9 loses at most so much of each file in work.
 DURABLE_EVERY_BYTES = 1 << 30
 
@@ -68,8 +75,10 @@ class FileWriter:
         promises: where some of them are made elsewhere.
     """
 
-    def __init__(self, reader: Reader, engine: Engine, promises: Promises | None = None) -> None:
+    def __init__(self, reader: Reader, engine: EngineSupply, promises: Promises | None = None) -> None:
         self._reader, self._engine, self._promises = reader, engine, promises
+        # a spool makes room by what was written: it cannot be asked for more while that is held back
+        self._ahead = 0 if isinstance(reader, SpoolingReader) else STARTED
 
     def fill(self, partial: Path, file: PlannedFile, before: Progress | None, observer: Observer) -> str:
         """Write ``file`` to ``partial``, synced and held against the plan. Returns its SHA-256.
@@ -80,11 +89,11 @@ class FileWriter:
             before: what an earlier attempt made durable there.
             observer: after a failure it is told, last, how much is safe.
         """
-        start, digest = (0, None) if is_promised(file) else _durable_prefix(partial, before, observer)
-        observer.kept(start)
-        stream = AppendStream(partial, file.size_bytes, resume_at=start, digest=digest)
+        kept, digest = (0, None) if is_promised(file) else _durable_prefix(partial, before, observer)
+        observer.kept(kept)
+        stream = AppendStream(partial, file.size_bytes, resume_at=kept, digest=digest)
         try:
-            self._append(stream, file, observer)
+            self._append(stream, file, kept, observer)
             sha256 = stream.finish()
         except BaseException:
             _keep(stream, file, observer)
@@ -92,28 +101,44 @@ class FileWriter:
         _require_as_planned(partial, file)
         return sha256
 
-    def _append(self, stream: AppendStream, file: PlannedFile, observer: Observer) -> None:
+    def _append(self, stream: AppendStream, file: PlannedFile, durable: int, observer: Observer) -> None:
         observer.wrote(stream.append(np.frombuffer(file.header, np.uint8)))
-        durable, resumable = stream.position, not is_promised(file)
-        for piece in pieces(file.tensors):
-            if stream.skip(piece.size_bytes):
-                durable = stream.position
-                continue
-            observer.check_stop()
+        resumable = not is_promised(file)
+        left = itertools.dropwhile(lambda piece: stream.skip(piece.size_bytes), pieces(file.tensors))
+        for piece, started in self._begun(left, observer):
             if isinstance(piece, Copied):
                 self._copy(stream, piece.copy, observer)
             else:
-                data = self._make(piece)
-                require_in_range(piece, data)
-                observer.wrote(stream.append(data))
+                observer.wrote(_land(stream, piece, started or Here(self._promised(piece))))
             if resumable and stream.position - durable >= DURABLE_EVERY_BYTES:
                 durable = stream.position
                 observer.durable(Progress(*stream.make_durable()))
 
-    def _make(self, piece: Made) -> Bytes:
-        if isinstance(piece.strip, Promised) and self._promises is not None:
-            return self._promises.take(piece.name)
-        return evaluate(piece.strip, self._reader, self._engine)
+    def _begun(
+        self, left: Iterable[Copied | Made], observer: Observer
+    ) -> Iterator[tuple[Copied | Made, Started | None]]:
+        """Each piece in its turn, begun where it is computed here: one that a device computes only once the next is
+        begun too, so that reading and computing overlap."""
+        waiting: deque[tuple[Made, Started]] = deque()
+        for piece in left:
+            observer.check_stop()
+            if isinstance(piece, Copied) or self._is_promised(piece):
+                yield from _emptied(waiting)
+                yield piece, None
+                continue
+            started = start(piece.strip, self._reader, self._engine.now())
+            waiting.append((piece, started))
+            while len(waiting) > (0 if started.is_here else self._ahead):
+                yield waiting.popleft()
+        yield from _emptied(waiting)
+
+    def _is_promised(self, piece: Made) -> bool:
+        return isinstance(piece.strip, Promised) and self._promises is not None
+
+    def _promised(self, piece: Made) -> Bytes:
+        if self._promises is None:
+            raise WriteError("nobody makes the tensor", where=piece.name, fix="Report this, with the command.")
+        return self._promises.take(piece.name)
 
     def _copy(self, stream: AppendStream, copy: Copy, observer: Observer) -> None:
         def read_into(start: int, out: Bytes) -> None:
@@ -122,6 +147,25 @@ class FileWriter:
             observer.wrote(len(out))
 
         stream.fill(copy.run_bytes, read_into)
+
+
+def _land(stream: AppendStream, piece: Made, started: Started) -> int:
+    """Append a strip: from a device straight into the stream's buffers, unless its values are to be looked at. Returns
+    how many of its bytes were not there already."""
+    if started.is_here or may_leave_range(piece):
+        data = started.bytes()
+        require_in_range(piece, data)
+        return stream.append(data)
+    stream.pin(started.pin)
+    return stream.fill(piece.size_bytes, started.copy_to)
+
+
+T = TypeVar("T")
+
+
+def _emptied(waiting: deque[T]) -> Iterator[T]:
+    while waiting:
+        yield waiting.popleft()
 
 
 def is_promised(file: PlannedFile) -> bool:

@@ -77,9 +77,14 @@ class Plan:
         )
 
     @property
+    def computed(self) -> list[LazyTensor]:
+        """The tensors that are converted; the rest is copied."""
+        return [tensor for file in self.files for tensor in file.tensors.values() if not is_plain(tensor)]
+
+    @property
     def computed_tensors(self) -> int:
-        """How many tensors are converted; the rest is copied."""
-        return sum(not is_plain(tensor) for file in self.files for tensor in file.tensors.values())
+        """How many tensors are converted."""
+        return len(self.computed)
 
     @property
     def tensors(self) -> int:

@@ -46,7 +46,8 @@ class AppendStream:
         self._file = _open_for_writing(path)
         self._failure: BaseException | None = None
         self._memory = mmap.mmap(-1, BUFFER_BYTES * BUFFERS)  # page-aligned, as O_DIRECT needs
-        whole = np.frombuffer(self._memory, np.uint8)
+        self._unpin: Callable[[], None] | None = None
+        self._whole = whole = np.frombuffer(self._memory, np.uint8)
         self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         for number in range(BUFFERS):
             self._free.put(whole[number * BUFFER_BYTES : (number + 1) * BUFFER_BYTES])
@@ -96,6 +97,12 @@ class AppendStream:
                 self._submit()
         return count - there
 
+    def pin(self, pin: Callable[[Bytes], Callable[[], None]]) -> None:
+        """Have the buffers made ready, once, for a device that puts bytes into them: ``pin`` gets them all, and returns
+        what undoes it."""
+        if self._unpin is None:
+            self._unpin = pin(self._whole)
+
     def make_durable(self) -> tuple[int, str]:
         """Sync the full buffers so far. Returns the position up to which bytes are safe, and their SHA-256."""
         self._drain()
@@ -119,6 +126,8 @@ class AppendStream:
         for work, thread in zip((self._to_hash, self._to_write), self._threads, strict=True):
             work.put(None)
             thread.join()
+        if self._unpin is not None:
+            self._unpin()
         os.close(self._file)
         self._file = -1
 

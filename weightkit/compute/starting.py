@@ -1,0 +1,199 @@
+"""A GPU that starts behind the work: the CPU computes until it is ready, which changes no bit.
+
+Importing torch, opening CUDA and loading the kernels take seconds, in which a CPU casts some gigabytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from weightkit.checkpoint.reading import Bytes, Reader
+from weightkit.checkpoint.tensors import GroupDequantized, LazyTensor, is_plain, size_bytes
+from weightkit.compute.engines import (
+    CpuEngine,
+    CudaEngine,
+    DeviceName,
+    Engine,
+    EngineSupply,
+    choose_engine,
+    has_driver,
+    no_device,
+)
+from weightkit.compute.evaluate import evaluate, strips
+from weightkit.errors import DeviceError
+
+#: Less than this is done on a CPU before a GPU is ready; ``auto`` then starts none, and torch need not be imported.
+WORTH_BYTES = 1 << 30
+#: What the kernels are loaded with: strips as the writer's.
+SAMPLE_BYTES = 8 << 20
+
+
+class StartingEngine:
+    """The CPU at once, and from when it is ready on what ``open_gpu`` returns. See ``EngineSupply``.
+
+    Args:
+        open_gpu: run in a thread of its own; it asks ``still_wanted`` now and then. None where there is no GPU.
+        required: whether ``now`` raises its failure; otherwise that is told, and the CPU goes on.
+    """
+
+    def __init__(self, open_gpu: Callable[[], Engine | None], *, required: bool) -> None:
+        self._cpu: Engine = CpuEngine()
+        self._open, self._required = open_gpu, required
+        self._gpu: Engine | None = None
+        self._failure: BaseException | None = None
+        self._tell: Callable[[str], None] | None = None
+        self._telling = threading.Lock()
+        # Python waits for it at its exit: a thread that is cut off within CUDA or LLVM takes the process down
+        self._thread = threading.Thread(target=self._run, name="weightkit-gpu-start")
+        self._thread.start()
+
+    def now(self) -> Engine:
+        if self._gpu is not None:
+            return self._gpu
+        if self._failure is not None and self._required:
+            raise DeviceError(
+                "the GPU cannot be used", where="--device", found=self._reason, fix="Use --device cpu."
+            ) from self._failure
+        return self._cpu
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until the GPU is ready, or has failed."""
+        self._thread.join(timeout_s)
+
+    def tell(self, tell: Callable[[str], None]) -> None:
+        """Where to say, once, that the GPU failed and the CPU goes on."""
+        with self._telling:
+            self._tell = tell
+        self._tell_failure()
+
+    @property
+    def _reason(self) -> str:
+        if isinstance(self._failure, DeviceError):
+            return self._failure.message.rstrip(".")
+        return f"{type(self._failure).__name__}: {self._failure}".partition("\n")[0]
+
+    def _run(self) -> None:
+        try:
+            self._gpu = self._open()
+        except _Unwanted:
+            return
+        except BaseException as exc:  # a driver, torch or Triton may fail in any way
+            self._failure = exc
+            self._tell_failure()
+
+    def _tell_failure(self) -> None:
+        with self._telling:
+            if self._failure is None or self._required or self._tell is None:
+                return
+            tell, self._tell = self._tell, None
+        tell(f"The GPU cannot be used ({self._reason}). The CPU computes; the bytes are the same.")
+
+
+def start_engine(device: DeviceName = "auto", work: Iterable[LazyTensor] = ()) -> EngineSupply:
+    """The engine for ``--device``, at work at once: on the CPU until the GPUs, all that CUDA shows, are ready.
+
+    Args:
+        device: ``auto`` takes GPUs where there are some and ``work`` is worth their start.
+        work: the tensors that are to be computed, whose kernels are made ready; none where they are not known.
+
+    Raises ``DeviceError``: ``cuda``, and there is no GPU, as far as can be told without torch.
+    """
+    tensors = [tensor for tensor in work if not is_plain(tensor)]
+    small = bool(tensors) and sum(map(size_bytes, tensors)) < WORTH_BYTES
+    if device == "cpu" or (device == "auto" and (small or not has_driver())):
+        return CpuEngine()
+    samples = _samples(tensors)
+    if device == "auto":
+        return StartingEngine(lambda: _open(samples) if count_gpus() != 0 else None, required=False)
+    count = count_gpus()
+    if count == 0 or (count is not None and _torch_lacks_cuda()):
+        raise no_device()
+    if count is None:  # an AMD GPU, or none: only torch knows
+        return choose_engine(device)
+    return StartingEngine(lambda: _open(samples), required=True)
+
+
+def count_gpus() -> int | None:
+    """GPUs that CUDA shows to this process, from the driver itself; None where there is none of NVIDIA's to ask."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _torch_lacks_cuda() -> bool:
+    """Whether torch is a build without CUDA, as its version file says, which is read, not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return True
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text()
+    except OSError:
+        return False
+    return re.search(r"^cuda\b[^=]*= None\b", text, re.MULTILINE) is not None
+
+
+class _Unwanted(Exception):  # noqa: N818 - it ends a thread
+    pass
+
+
+def _require_wanted() -> None:
+    """End the thread where the process is about to exit."""
+    if not threading.main_thread().is_alive():
+        raise _Unwanted
+
+
+def _open(samples: Iterable[LazyTensor]) -> Engine | None:
+    """All GPUs, with the kernels that the samples need. None where torch was built for none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise no_device()
+    devices = range(torch.cuda.device_count())
+    for number in devices:
+        one = CudaEngine([number])
+        for sample in samples:
+            _require_wanted()
+            evaluate(sample, _Zeros(), one)
+    return CudaEngine(devices)
+
+
+def _samples(tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
+    """The first strip of a tensor of each kind."""
+    first: dict[object, LazyTensor] = {}
+    for tensor in tensors:
+        first.setdefault(_kind(tensor), tensor)
+    return [next(strips(_from_first_group(tensor), SAMPLE_BYTES)) for tensor in first.values()]
+
+
+def _kind(tensor: LazyTensor) -> object:
+    """What computing it takes: its class, its dtype, and the same of what it is made from."""
+    inner = [getattr(tensor, name) for name in ("source", "weight", "qweight") if hasattr(tensor, name)]
+    return type(tensor).__name__, tensor.dtype, getattr(tensor, "scales", None) is True, *map(_kind, inner)
+
+
+def _from_first_group(tensor: LazyTensor) -> LazyTensor:
+    """Zeros as ``g_idx`` name the first group."""
+    return replace(tensor, first_group=0) if isinstance(tensor, GroupDequantized) else tensor
+
+
+class _Zeros(Reader):
+    """Reads zeros."""
+
+    def read(self, tensor: LazyTensor, out: Bytes | None = None) -> Bytes:
+        if out is None:
+            return np.zeros(size_bytes(tensor), np.uint8)
+        out[:] = 0
+        return out
