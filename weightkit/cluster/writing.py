@@ -15,7 +15,7 @@ from weightkit.cluster.filling import Order, Place, look, write_file
 from weightkit.cluster.news import News
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import PlanError
-from weightkit.remote.address import is_address
+from weightkit.remote.address import endpoints, is_address
 from weightkit.writer.executor import Run, peak_memory_bytes
 from weightkit.writer.plan import Plan, PlannedFile
 
@@ -97,7 +97,7 @@ class _Writing:
         partial = self._place.target / self._run.partial(self._file).name
         self._counted = None
         before = self._run.history.get(self.name)
-        return Order(self._place, replace(self._file, tensors=tensors), partial, before, stamps, device)
+        return Order(self._place, replace(self._file, tensors=tensors), partial, before, stamps, device, endpoints())
 
     def heard(self, news: News) -> None:
         """Journal what is durable; give a file that is whole its name."""

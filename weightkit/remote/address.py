@@ -17,12 +17,19 @@ _COLLAPSED = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/].*)"
 _HUB = re.compile(
     r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<path>.+))?", re.DOTALL
 )
+#: Variables that say where an address is asked for. None of them is a secret.
+_WHERE = ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "FSSPEC_S3_ANON")
 EXPECTED = "hf://owner/name, s3://bucket/folder, https://host/folder or http://host/folder"
 
 
 def is_address(path: str) -> bool:
     """Whether it is an address, and no file's path."""
     return "://" in path
+
+
+def endpoints() -> dict[str, str]:
+    """What the environment says of where addresses are asked for, so that other processes ask there too."""
+    return {name: os.environ[name] for name in _WHERE if name in os.environ}
 
 
 def address_of(what: str | os.PathLike[str]) -> str | None:
