@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import triton.language  # noqa: F401 - first here, or an interpreted copy would have Triton's own functions interpreted
 
 import weightkit
 

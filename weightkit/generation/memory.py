@@ -12,6 +12,7 @@ from weightkit.model import CheckpointWeights
 from weightkit.model.attention import PREFILL_SIZE_BYTES, SCORES_SIZE_BYTES
 from weightkit.model.checkpoint_weights import WeightSizes
 from weightkit.model.memory import FREE_SHARE, free_memory_bytes
+from weightkit.model.mlp import GROUP_ROWS
 from weightkit.model.model import FEED_TOKENS
 from weightkit.units import human_bytes
 
@@ -66,10 +67,12 @@ def divide(
     free = free_memory_bytes(weights.device)
     device = int(free * (GPU_SHARE if on_gpu else FREE_SHARE)) if given is None else given
     working = working_bytes(weights.arch, sizes, weights.dtype.itemsize, tokens, sequences, most_tokens)
+    if weights.multiplies_stored:
+        working += grouped_bytes(weights.arch, weights.dtype.itemsize, tokens)
     working += WORKSPACE_BYTES[weights.device.type] + (0 if on_gpu else weights.most_jobs * PIECE_BYTES)
     least = working + 2 * sizes.largest
     if weights.may_stream is False:
-        least = working + min(sizes.dense, weights.packed_bytes)
+        least = working + weights.fitting_bytes
     if device < least:
         refused = weights.may_stream is False and device >= working + 2 * sizes.largest
         raise SpaceError(
@@ -101,6 +104,13 @@ def working_bytes(
     inner = max(arch.intermediate_size, arch.moe_intermediate_size * max(1, arch.n_shared_experts))
     feed = min(tokens, FEED_TOKENS) * (hidden * (8 + 4 * itemsize) + 2 * inner * itemsize)
     return kept + max(attention, feed) + 2 * sizes.largest_dense
+
+
+def grouped_bytes(arch: Architecture, itemsize: int, tokens: int) -> int:
+    """Most that the products of experts at once take beside an MLP's: their inputs, inner states, outputs, and those
+    weighted, in F32, in the order of experts and in that of tokens."""
+    rows = min(tokens * arch.num_experts_per_tok, GROUP_ROWS) if arch.n_routed_experts else 0
+    return rows * (arch.hidden_size * (2 * itemsize + 2 * 4) + 4 * arch.moe_intermediate_size * itemsize)
 
 
 def _host_weights(weights: CheckpointWeights, host_memory: int | None) -> int:

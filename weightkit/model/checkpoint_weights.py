@@ -20,6 +20,7 @@ from weightkit.machine import available_memory_bytes, default_jobs
 from weightkit.model.loading import Loader, torch_dtype
 from weightkit.model.memory import ALIGNMENT, FREE_SHARE, free_memory_bytes
 from weightkit.model.packed import Packed
+from weightkit.model.products import Products
 from weightkit.model.stores import UNIT_BYTES, CacheUse, Resident, Source, Store, Streamed
 from weightkit.transforms import cast
 from weightkit.units import human_bytes
@@ -65,18 +66,25 @@ class WeightSizes:
 
 
 class CheckpointWeights:
-    """Weights by published name from a checkpoint: read, dequantized, on the device, kept while there is room.
+    """Weights by published name from a checkpoint: read, on the device, multiplied with, kept while there is room.
 
     An FP8 or GPTQ weight first becomes what ``cast --to bf16`` makes of it (F16, F32 if the config says so), then the
-    compute dtype, so that such a checkpoint and its cast generate the same tokens. Routers' tensors are F32.
+    compute dtype. Routers' tensors are F32.
 
     The compute dtype is the config's on a GPU and F32 on a CPU. There a product with one token took 3.0 ms in F32 and
     7.8 in BF16 (2048 x 7168, two cores with AVX-512 BF16); with 64 tokens BF16 takes half the time, and always half the
     memory, so that it may be the better choice for a model that fills the memory.
 
-    Where all weights fit in the compute dtype they are kept so (``Resident``). Otherwise they are kept as they are
-    stored and dequantized at each use (``Streamed``), first on the device, then in host memory beside it; what does not
-    fit in either is read from the files again, past the page cache. The values are the same.
+    A GPU that multiplies BF16 (compute capability 8.0 and later) multiplies with FP8 and GPTQ weights as they are
+    stored (``Products``): the same BF16 values, made in registers, summed in another order than a matrix library's. So
+    they are kept as they are stored however much memory there is (``Streamed``), first on the device, then in host
+    memory beside it; what does not fit in either is read from the files again, past the page cache. Attention's
+    ``kv_b_proj``, where it is absorbed, and GPTQ weights with activation order or zeros that differ are dequantized at
+    each use.
+
+    Elsewhere, and where nothing is quantized, all weights are kept in the compute dtype if they fit so (``Resident``),
+    and otherwise as they are stored and dequantized at each use: the same values and products. Thus an FP8 or GPTQ
+    checkpoint and its cast generate the same tokens where weights are dequantized, and tokens never depend on memory.
 
     Args:
         checkpoint: opened in any layout.
@@ -94,6 +102,8 @@ class CheckpointWeights:
     Attributes:
         arch: the architecture that the config describes.
         device, dtype: where and in what the model computes.
+        products: what multiplies with weights as they are stored. May be set to None, before a first weight is asked
+            for, to dequantize all of them.
 
     Raises:
         ConfigError: not a config of the family.
@@ -128,6 +138,7 @@ class CheckpointWeights:
         self._checkpoint = whole if share is None else share(whole)
         self._memory_bytes, self._host_bytes, self._stream = memory_bytes, host_bytes, stream
         self._jobs = jobs
+        self.products = Products.of(self.device, self.dtype)
 
     def __enter__(self) -> CheckpointWeights:
         return self
@@ -208,9 +219,19 @@ class CheckpointWeights:
         return self._stream
 
     @property
+    def multiplies_stored(self) -> bool:
+        """Whether there are weights that are multiplied with as they are stored."""
+        return self.products is not None and self._has_forms
+
+    @property
+    def fitting_bytes(self) -> int:
+        """The least memory on the device in which all weights fit, so that none is read twice."""
+        return self.packed_bytes if self.multiplies_stored else min(self.sizes.dense, self.packed_bytes)
+
+    @property
     def is_resident(self) -> bool:
         """Whether all weights stay on the device in the compute dtype."""
-        return not self._stream and self.sizes.dense <= self.memory_bytes
+        return not self._stream and not self.multiplies_stored and self.sizes.dense <= self.memory_bytes
 
     @property
     def is_streamed(self) -> bool:
@@ -260,6 +281,16 @@ class CheckpointWeights:
         """``x`` [..., in] times the transpose of the weight ``name`` [out, in]: [..., out], in ``x``'s dtype."""
         return self._store.linear(name, x)
 
+    def takes_groups(self, names: Sequence[str]) -> bool:
+        """Whether ``grouped`` serves these: all stored as kernels take them. See ``Groups.takes_groups``."""
+        return self.products is not None and self._store.takes_groups(names)
+
+    def grouped(
+        self, names: Sequence[str], x: torch.Tensor, counts: Sequence[int], starts: Sequence[int]
+    ) -> torch.Tensor:
+        """Products of several weights, each with some rows of ``x``. See ``Groups.grouped``."""
+        return self._store.grouped(names, x, counts, starts)
+
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a matrix, each read by itself unless the whole is kept. See ``Weights.rows``."""
         whole = self._store.kept(name)
@@ -286,6 +317,10 @@ class CheckpointWeights:
             if not rows_only and not is_mtp(name, self.arch) and not any(part in name for part in _UNUSED):
                 yield name, tensor
 
+    @cached_property
+    def _has_forms(self) -> bool:
+        return any(Packed(tensor).form is not None for _, tensor in self._needed())
+
     def _require_fit(self) -> None:
         if self._stream is not False or self.is_resident or self.packed_bytes <= self.memory_bytes:
             return
@@ -305,7 +340,7 @@ class CheckpointWeights:
     @cached_property
     def _store(self) -> Store:
         self._require_fit()
-        source = Source(self._checkpoint.__getitem__, self._dtype_of, self._loader)
+        source = Source(self._checkpoint.__getitem__, self._dtype_of, self._loader, self.products)
         if self.is_resident:
             return Resident(source, self.jobs)
         most = self.packed_bytes

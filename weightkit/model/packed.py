@@ -1,7 +1,9 @@
-"""Weights in memory as they are stored: FP8 codes with scales, integers with theirs, or floats; dequantized at use.
+"""Weights in memory as they are stored: FP8 codes with scales, integers with theirs, or floats.
 
 One flat buffer a weight, so that it is read, moved and evicted as one. FP8 takes half of what BF16 does, 4 bits a
-quarter; dequantizing a matrix of an expert of DeepSeek-V3 takes some 20 microseconds on a GPU.
+quarter. Kernels multiply with codes and scales as they lie (see ``products``); where there are none, and where a whole
+weight is asked for, it is dequantized at each use, in some 20 microseconds for a matrix of an expert of DeepSeek-V3 on
+a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from weightkit.checkpoint.tensors import is_plain, size_bytes, stored_parts
 from weightkit.compute import strips
 from weightkit.kernels.gptq_format_cpu import require_groups
 from weightkit.model.loading import STRIP_BYTES, Loader, torch_dtype
+from weightkit.model.products import Form, Groups, Operands, groups_of
 
 PART_ALIGNMENT = 16
 """Parts begin at multiples of so many bytes: kernels load 16 at once."""
@@ -31,12 +34,16 @@ class Packed:
         parts: the plain tensors that it is made from, and where in the buffer each begins. A weight that cannot be cut
             into them, such as a part of an FP8 matrix that begins inside a block, is one part, already dequantized.
         size_bytes: of the buffer.
+        form: what kernels make of the buffer, by what is known before it is read; None if nothing.
+        groups: of a GPTQ weight with a form, once it was read; None where its values are not what the kernels take.
     """
 
     lazy: LazyTensor
     parts: tuple[LazyTensor, ...] = field(init=False)
     starts: tuple[int, ...] = field(init=False)
     size_bytes: int = field(init=False)
+    form: Form | None = field(init=False)
+    groups: Groups | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
         parts = _parts(self.lazy)
@@ -44,7 +51,8 @@ class Packed:
         for part in parts:
             starts.append(-(-end // PART_ALIGNMENT) * PART_ALIGNMENT)
             end = starts[-1] + size_bytes(part)
-        for name, value in (("parts", parts), ("starts", tuple(starts)), ("size_bytes", end)):
+        form = Form.of(self.lazy) if len(parts) > 1 else None
+        for name, value in (("parts", parts), ("starts", tuple(starts)), ("size_bytes", end), ("form", form)):
             object.__setattr__(self, name, value)
 
     @property
@@ -69,15 +77,36 @@ class Packed:
                 target[done : done + count] = loader.evaluate(strip)
                 done += count
         if isinstance(self.lazy, GroupDequantized) and len(self.parts) == 4:
-            g_idx = out[self.starts[3] : self.starts[3] + size_bytes(self.lazy.g_idx)].view(np.int32)
-            g_idx -= np.int32(self.lazy.first_group)
-            require_groups(g_idx, self.lazy.scales.shape[0], where=next(stored_parts(self.lazy.g_idx)).path)
+            self._see_groups(out, self.lazy)
+
+    def _see_groups(self, read: Bytes, lazy: GroupDequantized) -> None:
+        """Count groups from 0, check them, and note whether the kernels know them. All reads note the same."""
+        qzeros, g_idx = (
+            read[self.starts[i] : self.starts[i] + size_bytes(self.parts[i])].view(np.int32) for i in (1, 3)
+        )
+        g_idx -= np.int32(lazy.first_group)
+        require_groups(g_idx, lazy.scales.shape[0], where=next(stored_parts(lazy.g_idx)).path)
+        if self.form is not None:
+            object.__setattr__(self, "groups", groups_of(qzeros, g_idx, lazy))
+
+    def operands(self, buffer: torch.Tensor) -> Operands | None:
+        """Codes and scales in the ``buffer`` [size_bytes] U8 of a weight that was read, for the kernels; None for a
+        weight that they do not take."""
+        form = self.form
+        if form is None:
+            return None
+        stored = self.stored(buffer)
+        if form.bits is None:
+            codes, scale = self.parts
+            return Operands(form, stored[0].view(codes.shape), stored[1].view(torch.float32).view(scale.shape))
+        if self.groups is None:
+            return None
+        qweight, _, scales, _ = self.parts
+        words, factors = stored[0].view(torch.int32), stored[2].view(torch.float16)
+        return Operands(form, words.view(qweight.shape), factors.view(scales.shape), self.groups)
 
     def linear(self, buffer: torch.Tensor, x: torch.Tensor, loader: Loader) -> torch.Tensor:
-        """``x`` [..., in] times the transpose of the weight: [..., out], in ``x``'s dtype.
-
-        Here is the place for kernels that multiply without dequantizing: ``stored`` gives them codes and scales.
-        """
+        """``x`` [..., in] times the transpose of the weight, dequantized: [..., out], in ``x``'s dtype."""
         scratch = loader.scratch(self.lazy.shape, x.dtype)
         return torch.nn.functional.linear(x, self.dense(buffer, x.dtype, loader, scratch))
 

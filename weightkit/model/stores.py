@@ -1,13 +1,15 @@
-"""What keeps a checkpoint's weights: all of them dequantized, or as many as stored as two memories have room for."""
+"""What keeps a checkpoint's weights: all of them dequantized, or as they are stored, as many as two memories hold."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn.functional import linear
@@ -19,6 +21,10 @@ from weightkit.family import expert_of, layer_of
 from weightkit.model.loading import Loader
 from weightkit.model.memory import Arena, Region, Shelf
 from weightkit.model.packed import Packed
+from weightkit.model.products import Form, Operands, Products
+
+if TYPE_CHECKING:
+    from weightkit.kernels.gemm_plan import TileConfig
 
 UNIT_BYTES = 256 << 20
 """A weight that takes more, in the dtype that the config names, is kept and multiplied with in strips of rows: the head
@@ -60,13 +66,19 @@ class CacheUse:
 
 
 class Store(Protocol):
-    """Keeps weights. The first four are those of ``Weights``; only the thread that computes may call it."""
+    """Keeps weights. What is not described is as in ``Weights`` and ``Groups``; for the computing thread alone."""
 
     use: CacheUse
 
     def get(self, name: str) -> torch.Tensor: ...
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor: ...
+
+    def takes_groups(self, names: Sequence[str]) -> bool: ...
+
+    def grouped(
+        self, names: Sequence[str], x: torch.Tensor, counts: Sequence[int], starts: Sequence[int]
+    ) -> torch.Tensor: ...
 
     def kept(self, name: str) -> torch.Tensor | None:
         """The whole weight in the compute dtype, if it is kept so."""
@@ -99,11 +111,13 @@ class Source:
         lazy: a weight by its published name, dequantized to the config's dtype; raises ``MissingTensorError``.
         dtype_of: the compute dtype of a weight.
         loader: reads and dequantizes.
+        products: what multiplies with weights as they are stored; None where they are dequantized.
     """
 
     lazy: Callable[[str], LazyTensor]
     dtype_of: Callable[[str], torch.dtype]
     loader: Loader
+    products: Products | None = None
 
 
 class Resident:
@@ -138,6 +152,15 @@ class Resident:
         rows = [strip.shape[0] for strip in strips(self._source.lazy(name), UNIT_BYTES)]
         products = [linear(x, part) for part in weight.split(rows)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def takes_groups(self, names: Sequence[str]) -> bool:
+        return False
+
+    def grouped(
+        self, names: Sequence[str], x: torch.Tensor, counts: Sequence[int], starts: Sequence[int]
+    ) -> torch.Tensor:
+        rows = zip(names, counts, starts, strict=True)
+        return torch.cat([self.linear(name, x[start : start + count]) for name, count, start in rows])
 
     def kept(self, name: str) -> torch.Tensor | None:
         return self._kept.get(name)
@@ -189,14 +212,22 @@ class _Unit:
 class _Entry:
     """A unit on the device, or on its way there."""
 
+    packed: Packed
     buffer: torch.Tensor
     arrival: Future[None]
     from_host: bool
     asked_for: bool = False
 
+    @cached_property
+    def operands(self) -> Operands | None:
+        """What the kernels take, once it is there; kept, as views of a few bytes cost the host more than a launch."""
+        return self.packed.operands(self.buffer)
+
 
 class Streamed:
     """Weights as they are stored, within two budgets: on the device, and in host memory beside it; the rest on disk.
+
+    Where the budgets have room for all, each is read once and nothing leaves.
 
     A unit is read into host memory (pinned, for a GPU), copied to the device, and stays in both while there is room.
     What leaves the device goes back to host memory unless it is there still; host memory gives up first what the device
@@ -236,18 +267,42 @@ class Streamed:
         self._later: deque[_Unit] = deque()
         self._needed: set[str] = set()  # announced and not asked for yet
         self._ahead: set[str] = set()  # of these, what readers were sent for
-        self._in_use: str | None = None
+        self._in_use: set[str] = set()
 
     # --- what the model asks for --------------------------------------------------------------------------------------
 
     def get(self, name: str) -> torch.Tensor:
         dtype = self._source.dtype_of(name)
-        parts = [unit.packed.own(self._hold(unit), dtype, self._loader) for unit in self._units(name)]
+        parts = [unit.packed.own(self._hold(unit).buffer, dtype, self._loader) for unit in self._units(name)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        products = [unit.packed.linear(self._hold(unit), x, self._loader) for unit in self._units(name)]
+        products = [self._multiply(self._hold(unit), x) for unit in self._units(name)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def takes_groups(self, names: Sequence[str]) -> bool:
+        """Whether the kernels have a form for all, each of which is one unit."""
+        if self._source.products is None:
+            return False
+        return all(len(units) == 1 and units[0].packed.form is not None for units in map(self._units, names))
+
+    def grouped(
+        self, names: Sequence[str], x: torch.Tensor, counts: Sequence[int], starts: Sequence[int]
+    ) -> torch.Tensor:
+        """As many at a time as the device has room for. A weight that the kernels turn out not to take is dequantized.
+
+        Bits do not depend on how many that are: tiles are chosen once, by the counts of all weights of a form.
+        """
+        units = [unit for name in names for unit in self._units(name)]
+        configs = self._configs([unit.packed.form for unit in units], counts)
+        found: list[torch.Tensor] = []
+        first = 0
+        while first < len(units):
+            entries = self._hold_some(units[first:])
+            jobs = slice(first, first + len(entries))
+            found += self._multiply_all(entries, x, counts[jobs], starts[jobs], configs)
+            first = jobs.stop
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def kept(self, name: str) -> torch.Tensor | None:
         return None
@@ -271,6 +326,47 @@ class Streamed:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
+    # --- products -----------------------------------------------------------------------------------------------------
+
+    def _multiply(self, entry: _Entry, x: torch.Tensor) -> torch.Tensor:
+        """By the kernels where they take the weight, whatever else is in memory."""
+        products = self._source.products
+        operands = None if products is None else entry.operands
+        if products is None or operands is None:
+            return entry.packed.linear(entry.buffer, x, self._loader)
+        return products.linear(x, operands)
+
+    def _configs(self, forms: Sequence[Form | None], counts: Sequence[int]) -> dict[Form, TileConfig]:
+        """The tiles for the weights of each form, by the counts of all of them."""
+        products = self._source.products
+        if products is None:
+            return {}
+        rows: dict[Form, list[int]] = {}
+        for form, count in zip(forms, counts, strict=True):
+            if form is not None:
+                rows.setdefault(form, []).append(count)
+        return {form: products.config(form, counts, self._where) for form, counts in rows.items()}
+
+    def _multiply_all(
+        self,
+        entries: Sequence[_Entry],
+        x: torch.Tensor,
+        counts: Sequence[int],
+        starts: Sequence[int],
+        configs: Mapping[Form, TileConfig],
+    ) -> Iterator[torch.Tensor]:
+        """The products of these weights, neighbours of one form in one launch."""
+        products, first = self._source.products, 0
+        for form, same in groupby(entries, key=lambda entry: entry.operands and entry.operands.form):
+            part = list(same)
+            jobs = slice(first, first := first + len(part))
+            operands = [entry.operands for entry in part if entry.operands is not None]
+            if products is None or form is None:
+                for entry, count, start in zip(part, counts[jobs], starts[jobs], strict=True):
+                    yield entry.packed.linear(entry.buffer, x[start : start + count], self._loader)
+            else:
+                yield products.experts(x, operands, counts[jobs], starts[jobs], configs[form])
+
     # --- units --------------------------------------------------------------------------------------------------------
 
     def _units(self, name: str) -> list[_Unit]:
@@ -293,28 +389,50 @@ class Streamed:
 
     # --- the device ---------------------------------------------------------------------------------------------------
 
-    def _hold(self, unit: _Unit) -> torch.Tensor:
-        """The unit's buffer on the device, which stays as it is until the next call."""
+    def _hold(self, unit: _Unit) -> _Entry:
+        """The unit on the device, where it stays as it is until the next call."""
+        self._in_use.clear()
+        entry = self._take(unit)
+        self._await(unit, entry)
+        return entry
+
+    def _hold_some(self, units: Sequence[_Unit]) -> list[_Entry]:
+        """The first of ``units`` and those after it for which there is room beside it, on the device until the next
+        call."""
+        self._in_use.clear()
+        entries = [self._take(units[0])]
+        for unit in units[1:]:
+            if unit.key not in self._entries and not self._start_early(unit):
+                break
+            entries.append(self._take(unit))
+        for unit, entry in zip(units, entries, strict=False):
+            self._await(unit, entry)
+        return entries
+
+    def _take(self, unit: _Unit) -> _Entry:
+        """The unit on its way to the device or there, and not to leave it."""
         key = unit.key
-        self._in_use = None
         self._needed.discard(key)
         self._ahead.discard(key)
         entry = self._entries.get(key) or self._start_now(unit)
-        self._in_use = key
+        self._in_use.add(key)
         self._read_ahead()
         self._count(unit, entry)
-        started = time.perf_counter()
-        try:
+        return entry
+
+    def _await(self, unit: _Unit, entry: _Entry) -> None:
+        """Wait until a unit is there."""
+        if not entry.arrival.done():
+            started = time.perf_counter()
+            wait([entry.arrival])
+            self.use.waited_s += time.perf_counter() - started
+        if entry.arrival.exception() is not None:
+            self._in_use.clear()
+            self._forget(unit.key)
             entry.arrival.result()
-        except BaseException:
-            self._in_use = None
-            self._forget(key)
-            raise
-        self.use.waited_s += time.perf_counter() - started
         for shelf in (self._device, self._host):
             if shelf is not None:
-                shelf.use(key)
-        return entry.buffer
+                shelf.use(unit.key)
 
     def _count(self, unit: _Unit, entry: _Entry) -> None:
         if unit.layer is not None:
@@ -370,7 +488,7 @@ class Streamed:
         buffer = self._allocate_device(count) if region is None else self._device.arena.view(region, count)
         given_up = torch.cuda.current_stream(self._where).record_event() if self._on_gpu else None
         arrival = self._pool.submit(self._bring, unit.packed, buffer, staged, from_host, given_up)
-        entry = _Entry(buffer, arrival, from_host)
+        entry = _Entry(unit.packed, buffer, arrival, from_host)
         if staged is not None:
             self._filling[key] = arrival
         if region is not None:
@@ -416,7 +534,7 @@ class Streamed:
         return region
 
     def _may_leave(self, key: str) -> bool:
-        return key != self._in_use and self._entries[key].arrival.done()
+        return key not in self._in_use and self._entries[key].arrival.done()
 
     def _leave_device(self, key: str) -> None:
         """Give up a unit's place on the device, for one in host memory if there is room."""

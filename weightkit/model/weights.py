@@ -6,7 +6,7 @@ The model never holds a weight longer than one use. Whoever implements ``Weights
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.nn.functional import linear
@@ -20,7 +20,7 @@ Observer = Callable[[str, torch.Tensor], None]
 class Weights(Protocol):
     """A source of weights by their published names, such as ``model.layers.3.mlp.experts.5.gate_proj.weight``.
 
-    A source may also have the method of ``Multiplies``, which ``project`` then uses.
+    A source may also have the method of ``Multiplies``, which ``project`` then uses, and those of ``Groups``.
     """
 
     def get(self, name: str) -> torch.Tensor:
@@ -48,6 +48,26 @@ class Multiplies(Protocol):
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., in] times the transpose of the weight ``name`` [out, in]: [..., out], in ``x``'s dtype."""
+        ...
+
+
+@runtime_checkable
+class Groups(Multiplies, Protocol):
+    """A source that multiplies with several weights at once: less work for the host, and the device is filled."""
+
+    def takes_groups(self, names: Sequence[str]) -> bool:
+        """Whether ``grouped`` is a better way to multiply with these than one after the other. It follows from the
+        weights and the device, not from what is in memory."""
+        ...
+
+    def grouped(
+        self, names: Sequence[str], x: torch.Tensor, counts: Sequence[int], starts: Sequence[int]
+    ) -> torch.Tensor:
+        """Products of weights [out, in] of one shape, each with ``counts`` rows of ``x`` [rows, in] from ``starts`` on.
+
+        Returns:
+            [sum(counts), out] in ``x``'s dtype, one after the other in the order of ``names``.
+        """
         ...
 
 
