@@ -18,7 +18,8 @@ to FP8. Every run is a process of its own; the contenders take turns, in each ro
     ready       seconds until the first strip is computed on a GPU, after the writing began; share of strips computed so
     read ...    seconds of all workers, in percent of the time that they are at work: reading; computing on the CPU, or
                 starting strips on a GPU; waiting for results of a GPU; copying those of the CPU into the file's
-                buffers; waiting for buffers that are not yet hashed and written. hash: of the time that a worker is at work, how long its file's hashing thread is busy.
+                buffers; waiting for buffers that are not yet hashed and written; reserving space for the file.
+                hash: of the time that a worker is at work, how long its file's hashing thread is busy.
 
 The SHA-256 ceiling is of so many threads as there are jobs, from memory. A file is hashed by one thread: jobs times one
 thread's rate bounds any cast. ``--small-gb`` is cast once more, to show what starting costs. All contenders' files must
@@ -65,7 +66,7 @@ class Clock:
         self._local = threading.local()
         self._lock = threading.Lock()
 
-    def wrap(self, owner: type, name: str, category: str) -> None:
+    def wrap(self, owner: object, name: str, category: str) -> None:
         """Count the time of a method."""
         inner: Callable[..., Any] = getattr(owner, name)
 
@@ -98,7 +99,7 @@ def child(kind: str, mode: str, source: Path, target: Path, jobs: int) -> None:
     from weightkit.compute import CpuEngine, CudaEngine, StartingEngine, engines, start_engine
     from weightkit.layouts import lay_out_published
     from weightkit.transforms import cast_to_fp8
-    from weightkit.writer import execute, files, make_plan
+    from weightkit.writer import execute, files, make_plan, stream
     from weightkit.writer.stream import AppendStream
 
     clock = Clock()
@@ -110,6 +111,7 @@ def child(kind: str, mode: str, source: Path, target: Path, jobs: int) -> None:
     clock.wrap(engines._OnDevice, "copy_to", "gpu")
     clock.wrap(engines._Lane, "turn", "gpu-slot")
     clock.wrap(AppendStream, "append", "copy")
+    clock.wrap(stream, "_reserve", "reserve")
     clock.wrap(AppendStream, "_submit", "buffers")
     clock.wrap(AppendStream, "_hash_block", "hash")
     clock.wrap(AppendStream, "_write_block", "write")
@@ -140,6 +142,7 @@ def child(kind: str, mode: str, source: Path, target: Path, jobs: int) -> None:
                 "gpu": (seconds.get("gpu", 0) + seconds.get("gpu-slot", 0)) / worker_s,
                 "buffers": (seconds.get("buffers", 0) + seconds.get("finish", 0)) / worker_s,
                 "copy": seconds.get("copy", 0) / worker_s,
+                "reserve": seconds.get("reserve", 0) / worker_s,
                 "rest": seconds.get("rest", 0) / worker_s,
                 "hash": seconds.get("hash", 0) / worker_s,
                 "gpu_share": on_gpu / max(1, on_gpu + on_cpu),
@@ -276,7 +279,7 @@ class Bench:
 def table(bench: Bench, jobs: int) -> str:
     """Markdown."""
     columns = ("cast", "device", "wall s", "of write", "GB/s", "CPU s", "ready s", "on GPU", "runs")
-    shares = ("read", "compute", "gpu", "copy", "buffers", "rest", "hash")
+    shares = ("read", "compute", "gpu", "copy", "buffers", "reserve", "rest", "hash")
     lines = ["| " + " | ".join([*columns, *(f"{share} %" for share in shares)]) + " |"]
     lines.append("|" + " --- |" * (len(columns) + len(shares)))
     sizes = {what: runs[0] for (what, mode), runs in bench.results.items() if mode != "plain"}

@@ -77,7 +77,7 @@ class StartingEngine:
     @property
     def _reason(self) -> str:
         if isinstance(self._failure, DeviceError):
-            return self._failure.message.rstrip(".")
+            return ", ".join(filter(None, (self._failure.what, self._failure.facts)))
         return f"{type(self._failure).__name__}: {self._failure}".partition("\n")[0]
 
     def _run(self) -> None:
@@ -112,7 +112,7 @@ def start_engine(device: DeviceName = "auto", work: Iterable[LazyTensor] = ()) -
         return CpuEngine()
     samples = _samples(tensors)
     if device == "auto":
-        return StartingEngine(lambda: _open(samples) if count_gpus() != 0 else None, required=False)
+        return StartingEngine(lambda: _open_any(samples), required=False)
     count = count_gpus()
     if count == 0 or (count is not None and _torch_lacks_cuda()):
         raise no_device()
@@ -155,12 +155,24 @@ def _require_wanted() -> None:
         raise _Unwanted
 
 
-def _open(samples: Iterable[LazyTensor]) -> Engine | None:
-    """All GPUs, with the kernels that the samples need. None where torch was built for none."""
+def _open_any(samples: Iterable[LazyTensor]) -> Engine | None:
+    """As ``_open``; None where CUDA shows no GPU, or where there is none of NVIDIA's and torch sees no other."""
+    count = count_gpus()
+    if count is None:
+        import torch
+
+        count = torch.cuda.device_count()
+    return _open(samples) if count else None
+
+
+def _open(samples: Iterable[LazyTensor]) -> Engine:
+    """All GPUs, with the kernels that the samples need. Raises ``DeviceError``."""
     import torch
 
+    _require_wanted()
     if not torch.cuda.is_available():
-        raise no_device()
+        found = f"torch {torch.__version__}"
+        raise DeviceError("torch cannot use the GPU", where="--device", found=found, fix="Use --device cpu.")
     devices = range(torch.cuda.device_count())
     for number in devices:
         one = CudaEngine([number])

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Protocol
 
 from weightkit.checkpoint import Reader
+from weightkit.checkpoint.dtypes import itemsize
 from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.checkpoint.reading import SCRATCH_BYTES
-from weightkit.checkpoint.tensors import Stored, size_bytes
+from weightkit.checkpoint.tensors import BlockQuantized, Stored, size_bytes
 from weightkit.compute import CpuEngine, EngineSupply, StartingEngine, strip_bytes
+from weightkit.compute.engines import SLOTS
 from weightkit.compute.evaluate import STRIP_ROWS
 from weightkit.durable import FULL, PARTIAL, STATE_DIR, Hold, no_space, only_writer, sync_folder, write_whole
 from weightkit.errors import Interrupted, PlanError, WriteError
@@ -94,8 +96,14 @@ class Written:
 def peak_memory_bytes(plan: Plan, jobs: int) -> int:
     """The most that the workers' buffers take, beyond what Python and its libraries do."""
     strip = max(STRIP_BYTES, _largest_strip(plan))
-    computed = 2 * strip if plan.computed_tensors else 0
+    computed = _computing(plan) * strip
     return min(jobs, len(plan.files)) * (BUFFERS * BUFFER_BYTES + SCRATCH_BYTES + strip + computed)
+
+
+def _computing(plan: Plan) -> int:
+    """What computing a strip takes, in strips: its sources, two sets of them on a GPU, and where it is put together."""
+    widest = max((itemsize(each.source.dtype) for each in plan.computed if isinstance(each, BlockQuantized)), default=0)
+    return 1 + SLOTS * widest if widest else 2 * bool(plan.computed)
 
 
 def _largest_strip(plan: Plan) -> int:
