@@ -128,8 +128,7 @@ def budgets(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     return {"half": (packed // 2, 0), "two": (2 * one + 600, 0), "none": (0, 0), "host": (4 * one, packed // 2)}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(("form", "tokens"), [("int4", 1), *((form, 5) for form in FORMS)])
 def test_experts_do_not_depend_on_memory(
     checkpoints: dict[str, Checkpoint], products: Products, form: str, tokens: int
 ) -> None:
@@ -175,7 +174,7 @@ def test_experts_one_by_one_are_close(
     assert float((together - alone).square().mean().sqrt()) < 2.0**-7 * float(alone.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["fp8", "int4", "act-order"])
 def test_the_whole_model_does_not_depend_on_memory(
     checkpoints: dict[str, Checkpoint], products: Products, form: str
 ) -> None:
@@ -304,6 +303,51 @@ def test_a_damaged_expert_is_raised_whatever_is_asked_for_with_it(tmp_path: Path
             with pytest.raises(Exception, match=r"g_idx|group"):
                 weights.grouped(names, x, [1, 1, 1], [0, 1, 0])
         assert weights.grouped(names[::2], x, [1, 1], [0, 1]).shape == (2, 128)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_gpu_bits_do_not_depend_on_memory(checkpoints: dict[str, Checkpoint], form: str) -> None:
+    """A prompt and some tokens of three sequences; once more with all weights dequantized, which is close."""
+    ids = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(2))
+
+    def logits(memory: int | None, host: int, dense: bool = False) -> torch.Tensor:
+        with (
+            CheckpointWeights(checkpoints[form], device="cuda", memory_bytes=memory, host_bytes=host) as weights,
+            torch.inference_mode(),
+        ):
+            assert weights.multiplies_stored
+            assert not weights.is_resident
+            if dense:
+                weights.products = None
+            model = Model(weights.arch, weights)
+            cache = model.new_cache()
+            return torch.cat([model(part, cache) for part in ids.split([6, 1, 1, 1], dim=1)], dim=1).cpu()
+
+    expected = logits(None, 0)
+    assert expected.isfinite().all()
+    for name, (memory, host) in budgets(checkpoints[form]).items():
+        assert torch.equal(logits(memory, max(host, 1 << 20)), expected), name
+    assert torch.equal(logits(1 << 30, 0, dense=True), logits(0, 1 << 20, dense=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_gpu_experts_are_close_to_dequantized_ones(checkpoints: dict[str, Checkpoint], form: str) -> None:
+    x, found = random_rows(5, 144).cuda(), []
+    for dense in (False, True):
+        with CheckpointWeights(checkpoints[form], device="cuda", memory_bytes=1 << 30) as weights:
+            weights.products = None if dense else weights.products
+            moe = MoE(weights.arch, MLP, weights)
+            ids, shares = moe.route(x)
+            assert (moe._together(moe.dispatch(ids), range(8)) is None) == dense
+            found.append(moe.experts(x, ids, shares).float())
+    assert float((found[0] - found[1]).square().mean().sqrt()) < 2.0**-7 * float(found[1].square().mean().sqrt())
 
 
 # --- what is known of a GPTQ weight's values --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch.nn.functional import linear, pad, silu
 
 from weightkit.errors import UnsupportedError
 from weightkit.model.parallel import ALONE, Parallel
-from weightkit.model.weights import Groups, Held, Observer, Weights, project
+from weightkit.model.weights import Groups, Held, Observer, Weights, as_groups, project
 
 if TYPE_CHECKING:
     from weightkit.family import Architecture
@@ -227,9 +227,9 @@ class MoE:
 
     def _together(self, dispatch: Dispatch, own: range) -> Groups | None:
         """What multiplies with the chosen of these experts at once, if it can, and if none has many tokens."""
-        weights, most = self.weights, max(dispatch.counts[own.start : own.stop])
+        weights, most = as_groups(self.weights), max(dispatch.counts[own.start : own.stop])
         few = 0 < most <= GROUP_TOKENS and sum(dispatch.counts) <= GROUP_ROWS
-        if self.observe is not None or not few or not isinstance(weights, Groups):
+        if self.observe is not None or not few or weights is None:
             return None
         names = [name for number in own if dispatch.counts[number] for name in self.expert(number).names]
         return weights if weights.takes_groups(names) else None

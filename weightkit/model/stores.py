@@ -217,6 +217,7 @@ class _Entry:
     arrival: Future[None]
     from_host: bool
     asked_for: bool = False
+    is_there: bool = False
 
     @cached_property
     def operands(self) -> Operands | None:
@@ -421,15 +422,16 @@ class Streamed:
         return entry
 
     def _await(self, unit: _Unit, entry: _Entry) -> None:
-        """Wait until a unit is there."""
-        if not entry.arrival.done():
+        """Wait until a unit is there. Raises what kept it from being read."""
+        if not entry.is_there:
             started = time.perf_counter()
             wait([entry.arrival])
             self.use.waited_s += time.perf_counter() - started
-        if entry.arrival.exception() is not None:
-            self._in_use.clear()
-            self._forget(unit.key)
+            if entry.arrival.exception() is not None:
+                self._in_use.clear()
+                self._forget(unit.key)
             entry.arrival.result()
+            entry.is_there = True
         for shelf in (self._device, self._host):
             if shelf is not None:
                 shelf.use(unit.key)

@@ -6,7 +6,7 @@ The model never holds a weight longer than one use. Whoever implements ``Weights
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 from torch.nn.functional import linear
@@ -51,7 +51,6 @@ class Multiplies(Protocol):
         ...
 
 
-@runtime_checkable
 class Groups(Multiplies, Protocol):
     """A source that multiplies with several weights at once: less work for the host, and the device is filled."""
 
@@ -69,6 +68,11 @@ class Groups(Multiplies, Protocol):
             [sum(counts), out] in ``x``'s dtype, one after the other in the order of ``names``.
         """
         ...
+
+
+def as_groups(weights: Weights) -> Groups | None:
+    """The source, if it is one of ``Groups``."""
+    return cast(Groups, weights) if hasattr(weights, "grouped") else None
 
 
 class TensorWeights:
