@@ -1,0 +1,154 @@
+"""An engine that is the CPU until the GPU is ready: when it changes over, what becomes of failures, and who waits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import V3_INT4, write_tiny
+
+import weightkit as wk
+from weightkit.checkpoint.tensors import Dequantized, LazyTensor, Stored, size_bytes
+from weightkit.compute import CpuEngine, Engine, StartingEngine, evaluate, start_engine, starting
+from weightkit.errors import DeviceError
+from weightkit.layouts import lay_out_published
+from weightkit.transforms import cast_to_fp8
+from weightkit.writer import make_plan
+
+
+def fp8(rows: int, columns: int) -> Dequantized:
+    scale = Stored("b", 0, "F32", (-(-rows // 128), -(-columns // 128)))
+    return Dequantized(Stored("a", 0, "F8_E4M3", (rows, columns)), scale, "BF16")
+
+
+LARGE = [fp8(7168, 2048)] * 64
+
+
+def test_the_cpu_until_the_gpu_is_ready() -> None:
+    ready, gpu = threading.Event(), CpuEngine()
+
+    def open_gpu() -> Engine:
+        assert ready.wait(10)
+        return gpu
+
+    engine = StartingEngine(open_gpu, required=True)
+    first = engine.now()
+    assert isinstance(first, CpuEngine)
+    assert first is not gpu
+    assert engine.now() is first
+    ready.set()
+    engine.wait(10)
+    assert engine.now() is gpu
+
+
+def broken() -> Engine:
+    raise RuntimeError("driver too old\nand more")
+
+
+def test_a_gpu_that_was_asked_for_and_fails_is_an_error_at_the_next_use() -> None:
+    engine = StartingEngine(broken, required=True)
+    engine.wait(10)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="RuntimeError: driver too old") as raised:
+            engine.now()
+        assert isinstance(raised.value.__cause__, RuntimeError)
+        assert "and more" not in str(raised.value)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_gpu_that_fails_under_auto_is_told_once(before: bool) -> None:
+    fail, told = threading.Event(), list[str]()
+
+    def open_gpu() -> Engine:
+        fail.wait(10)
+        return broken()
+
+    engine = StartingEngine(open_gpu, required=False)
+    if before:
+        engine.tell(told.append)
+    fail.set()
+    engine.wait(10)
+    engine.tell(told.append) if not before else None
+    assert isinstance(engine.now(), CpuEngine)
+    assert isinstance(engine.now(), CpuEngine)
+    assert told == [
+        "The GPU cannot be used (RuntimeError: driver too old). The CPU computes; the bytes are the same.",
+    ]
+
+
+def test_none_is_no_failure() -> None:
+    engine, told = StartingEngine(lambda: None, required=False), list[str]()
+    engine.tell(told.append)
+    engine.wait(10)
+    assert isinstance(engine.now(), CpuEngine)
+    assert told == []
+
+
+def test_cuda_without_a_gpu_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "source")
+    checkpoint = wk.cast(wk.open_checkpoint(tmp_path / "source"), "bf16")
+    monkeypatch.setattr(starting, "count_gpus", lambda: 0)
+    with pytest.raises(DeviceError, match="no CUDA device is usable"):
+        wk.write(checkpoint, tmp_path / "out", device="cuda", progress=False)
+    monkeypatch.setattr(starting, "count_gpus", lambda: 1)
+    monkeypatch.setattr(starting, "_torch_lacks_cuda", lambda: True)
+    with pytest.raises(DeviceError, match="no CUDA device is usable"):
+        wk.write(checkpoint, tmp_path / "out", device="cuda", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_version_file_of_torch_says() -> None:
+    assert starting._torch_lacks_cuda() == (torch.version.cuda is None)
+
+
+def test_auto_starts_a_gpu_for_what_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = list[list[LazyTensor]]()
+    monkeypatch.setattr(starting, "has_driver", lambda: True)
+    monkeypatch.setattr(starting, "_open_any", opened.append)
+    assert isinstance(start_engine("auto", [fp8(7168, 2048)]), CpuEngine)
+    assert isinstance(start_engine("cpu", LARGE), CpuEngine)
+    engine = start_engine("auto", LARGE)
+    assert isinstance(engine, StartingEngine)
+    engine.wait(10)
+    assert [[sample.shape for sample in samples] for samples in opened] == [[(2048, 2048)]]
+    monkeypatch.setattr(starting, "has_driver", lambda: False)
+    assert isinstance(start_engine("auto", LARGE), CpuEngine)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f32", "fp8", "gptq", "shard"])
+def test_samples_can_be_computed(kind: str, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "source", *([V3_INT4] if kind == "gptq" else []))
+    opened = wk.open_checkpoint(tmp_path / "source")
+    if kind == "fp8":
+        opened = wk.cast(opened, "bf16")
+        wk.write(opened, tmp_path / "bf16", device="cpu", progress=False)
+        made = lay_out_published(cast_to_fp8(wk.open_checkpoint(tmp_path / "bf16")))
+    elif kind == "shard":
+        made = wk.shard(wk.cast(opened, "bf16"), mp=2)
+    else:
+        made = lay_out_published(wk.cast(opened, "f32" if kind == "f32" else "bf16"))
+    samples = starting._samples(make_plan(made, tmp_path / "out").computed)
+    assert 1 <= len(samples) <= 12
+    for sample in samples:
+        assert len(evaluate(sample, starting._Zeros(), CpuEngine())) == size_bytes(sample)
+
+
+def test_an_exit_waits_for_no_more_than_a_step() -> None:
+    code = """
+import time
+from weightkit.compute import starting
+def open_gpu():
+    for _ in range(600):
+        time.sleep(0.1)
+        starting._require_wanted()
+starting.StartingEngine(open_gpu, required=False)
+"""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - started < 20
