@@ -1,12 +1,10 @@
 """Compare two checkpoints tensor by tensor, bit by bit. Exit 1 on any difference.
 
-    python tests/benchmarks/compare.py A B                   # folders, published layout or rank files
-    python tests/benchmarks/compare.py --digest A > a.json   # what stands for A once A is deleted
-    python tests/benchmarks/compare.py a.json B
+    python tests/benchmarks/compare.py A B        # folders, published layout or rank files
 
 In the published layout tensors are matched by name whichever files they lie in; rank files are matched file by file.
-The first mismatch is shown with its coordinate and both values (against a digest, with the two hashes). Streams: memory
-does not grow with the checkpoint. Independent of weightkit: it reads headers by itself.
+The first mismatch is shown with its coordinate and both values. Streams: memory does not grow with the checkpoint.
+Independent of weightkit: it reads headers by itself.
 
 Two NaNs of different bits count as different; random checkpoints of full_width.py hold none.
 """
@@ -14,13 +12,11 @@ Two NaNs of different bits count as different; random checkpoints of full_width.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import struct
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -61,12 +57,6 @@ class Place:
                     raise SystemExit(f"{self.path} ends early")
                 done += got
         return data
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for start, count in self.chunks():
-            digest.update(self.read(start, count).data)
-        return digest.hexdigest()
 
 
 def places(folder: Path) -> dict[str, Place]:
@@ -116,61 +106,18 @@ def value_of(raw: Bytes, dtype: str) -> str:
     return str(int.from_bytes(raw.tobytes(), "little"))
 
 
-@dataclass(frozen=True)
-class Described:
-    """Dtype, shape and hash of a tensor that need not exist any more."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
-
-
-def digest(folder: Path, threads: int) -> dict[str, Described]:
-    found = places(folder)
-    with ThreadPoolExecutor(threads) as pool:
-        hashes = list(pool.map(Place.sha256, found.values()))
-    return {
-        name: Described(place.dtype, place.shape, value)
-        for (name, place), value in zip(found.items(), hashes, strict=True)
-    }
-
-
-def to_json(described: dict[str, Described]) -> str:
-    return json.dumps({name: [item.dtype, list(item.shape), item.sha256] for name, item in described.items()})
-
-
-def from_json(path: Path) -> dict[str, Described]:
-    return {
-        name: Described(dtype, tuple(shape), value)
-        for name, (dtype, shape, value) in json.loads(path.read_text()).items()
-    }
-
-
 def compare(a: Path, b: Path, threads: int) -> tuple[int, list[str]]:
     """Tensors compared, and a line for each that differs."""
-    if a.is_dir() and b.is_dir():
-        return _compare(places(a), places(b), first_difference, threads)
-    left, right = (digest(path, threads) if path.is_dir() else from_json(path) for path in (a, b))
-    return compare_digests(left, right)
-
-
-def compare_digests(a: dict[str, Described], b: dict[str, Described]) -> tuple[int, list[str]]:
-    def differ(left: Described, right: Described) -> str | None:
-        return None if left.sha256 == right.sha256 else f"sha256 {left.sha256[:16]} and {right.sha256[:16]}"
-
-    return _compare(a, b, differ, 1)
-
-
-def _compare(a: dict, b: dict, differ: Callable, threads: int) -> tuple[int, list[str]]:  # type: ignore[type-arg]
-    problems = [f"{name}: only in the first" for name in a if name not in b]
-    problems += [f"{name}: only in the second" for name in b if name not in a]
-    shared = [name for name in a if name in b]
+    first, second = places(a), places(b)
+    problems = [f"{name}: only in the first" for name in first if name not in second]
+    problems += [f"{name}: only in the second" for name in second if name not in first]
+    shared = [name for name in first if name in second]
 
     def one(name: str) -> str | None:
-        left, right = a[name], b[name]
+        left, right = first[name], second[name]
         if (left.dtype, left.shape) != (right.dtype, right.shape):
             return f"{name}: {left.dtype} {list(left.shape)} and {right.dtype} {list(right.shape)}"
-        difference = differ(left, right)
+        difference = first_difference(left, right)
         return difference and f"{name} {difference}"
 
     with ThreadPoolExecutor(threads) as pool:
@@ -180,16 +127,11 @@ def _compare(a: dict, b: dict, differ: Callable, threads: int) -> tuple[int, lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare two checkpoints bit by bit.")
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folders, or files that --digest printed")
-    parser.add_argument("--digest", action="store_true", help="print hashes of one folder's tensors instead")
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
     parser.add_argument("--threads", type=int, default=min(16, len(os.sched_getaffinity(0))))
     args = parser.parse_args()
-    if len(args.paths) != (1 if args.digest else 2):
-        parser.error("two paths, or one with --digest")
-    if args.digest:
-        print(to_json(digest(args.paths[0], args.threads)))
-        return
-    count, problems = compare(*args.paths, args.threads)
+    count, problems = compare(args.first, args.second, args.threads)
     for problem in problems[:20]:
         print(problem)
     print(f"{count:,} tensors compared, {len(problems):,} differences")

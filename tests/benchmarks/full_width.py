@@ -1,6 +1,7 @@
 """Write a random checkpoint of DeepSeek-V3's full width, as the hubs publish it: something to measure with.
 
     python tests/benchmarks/full_width.py --dir /data/fp8 --layers 2 --experts 256        # 12 GB
+    python tests/benchmarks/full_width.py --dir /data/fp8 --gb 12                         # about as much
 
 Hidden size 7168 and every other width of the real model; layers, experts and vocabulary as asked for. FP8 with block
 scales (all finite E4M3 codes, uniformly; dequantized weights have a standard deviation of 0.02), norms of ones, index,
@@ -93,6 +94,35 @@ def config_of(layers: int, dense: int, experts: int, vocab: int, mtp: int) -> di
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
+
+
+def shape_of(size_bytes: int, vocab: int = 8192) -> dict[str, int]:
+    """``layers``, ``dense``, ``experts`` and ``vocab`` of a checkpoint without MTP layers, of about so many bytes.
+
+    One dense layer; of MoE layers as many as come within 4 % of the size, at most 4 unless all have 256 experts; never
+    fewer than 16 experts, which is 1.8 GB.
+    """
+
+    def measured(moe: int, experts: int) -> int:
+        config = config_of(moe + 1, 1, experts, vocab, 0)
+        return sum(tensor.size_bytes for tensor in blueprint(Architecture.from_config(config)).values())
+
+    smallest = measured(1, 16)
+    expert = (measured(1, 24) - smallest) / 8
+    layer = measured(2, 16) - smallest - 16 * expert
+    rest = size_bytes - (smallest - layer - 16 * expert)
+    most = max(4, -int(-rest // (layer + 256 * expert)))
+
+    def experts_of(moe: int) -> int:
+        return min(256, max(16, 8 * round((rest / moe - layer) / expert / 8)))
+
+    def error(moe: int) -> float:
+        return abs(moe * (layer + experts_of(moe) * expert) - rest)
+
+    moe = next(
+        (moe for moe in range(most, 0, -1) if error(moe) < 0.04 * size_bytes), min(range(1, most + 1), key=error)
+    )
+    return {"layers": moe + 1, "dense": 1, "experts": experts_of(moe), "vocab": vocab}
 
 
 def pack(tensors: list[Expected], shard_bytes: int) -> list[list[Expected]]:
@@ -223,6 +253,7 @@ def write_checkpoint(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a random full-width DeepSeek-V3 checkpoint.")
     parser.add_argument("--dir", type=Path, required=True, help="folder to write, which must not hold anything")
+    parser.add_argument("--gb", type=float, help="size without MTP layers; chooses layers, experts and vocabulary")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dense", type=int, default=1, help="dense ones among the layers")
     parser.add_argument("--experts", type=int, default=256, help="a multiple of 8, the number of groups")
@@ -235,18 +266,18 @@ def main() -> None:
     if args.dir.exists() and any(args.dir.iterdir()):
         parser.error(f"{args.dir} is not empty")
     started = time.monotonic()
+    shape = {"layers": args.layers, "dense": args.dense, "experts": args.experts, "vocab": args.vocab}
+    if args.gb:
+        shape = shape_of(int(args.gb * 1e9))
     size = write_checkpoint(
         args.dir,
-        layers=args.layers,
-        dense=args.dense,
-        experts=args.experts,
-        vocab=args.vocab,
+        **shape,
         mtp=args.mtp,
         shard_bytes=int(args.shard_gb * 1e9),
         tokenizer=args.tokenizer,
         seed=args.seed,
     )
-    print(f"{args.dir}: {size / 1e9:.2f} GB in {time.monotonic() - started:.1f} s")
+    print(f"{args.dir}: {size / 1e9:.2f} GB, {shape}, in {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

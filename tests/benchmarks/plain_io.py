@@ -1,6 +1,6 @@
-"""The machine's own time: read every byte of a folder and write so many bytes, in large pieces, and do nothing else.
+"""The machine's own time: read so many bytes of a folder and write so many, in large pieces, and do nothing else.
 
-    python tests/benchmarks/plain_io.py SRC DST WRITE_BYTES [--threads N] [--direct]
+    python tests/benchmarks/plain_io.py SRC DST READ_BYTES WRITE_BYTES [--threads N] [--direct]
 
 A thread reads a piece of 8 MiB into a buffer that it keeps, then writes from it so many bytes as keep input and output
 in step. ``--direct`` writes with O_DIRECT into space that was reserved (fallocate), else through the page cache.
@@ -23,16 +23,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
+    parser.add_argument("read_bytes", type=int, help="at most what the folder holds")
     parser.add_argument("write_bytes", type=int)
     parser.add_argument("--threads", type=int, default=min(8, len(os.sched_getaffinity(0))))
     parser.add_argument("--direct", action="store_true")
     args = parser.parse_args()
     args.target.mkdir(parents=True)
     sources = sorted(path for path in args.source.rglob("*") if path.is_file())
-    total = sum(path.stat().st_size for path in sources)
     pieces = iter([(path, start) for path in sources for start in range(0, path.stat().st_size, PIECE_BYTES)])
-    ratio = args.write_bytes / total
+    ratio = args.write_bytes / args.read_bytes
+    left = args.read_bytes
     lock = threading.Lock()
+
+    def next_piece() -> tuple[Path, int, int] | None:
+        """File, start and most bytes to read."""
+        nonlocal left
+        with lock:
+            piece = next(pieces, None) if left > 0 else None
+            if piece is None:
+                return None
+            count = min(PIECE_BYTES, left, piece[0].stat().st_size - piece[1])
+            left -= count
+            return *piece, count
 
     def work(number: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | (os.O_DIRECT if args.direct else 0)
@@ -43,12 +55,11 @@ def main() -> None:
         buffer = memoryview(mmap.mmap(-1, largest))
         owed, written = 0.0, 0
         while True:
-            with lock:
-                piece = next(pieces, None)
+            piece = next_piece()
             if piece is None:
                 break
             file = os.open(piece[0], os.O_RDONLY)
-            count = os.preadv(file, [buffer[:PIECE_BYTES]], piece[1])
+            count = os.preadv(file, [buffer[: piece[2]]], piece[1])
             os.close(file)
             owed += count * ratio
             step = min(largest, int(owed) // ALIGNMENT * ALIGNMENT)
