@@ -10,13 +10,22 @@ import importlib.util
 import re
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from weightkit.checkpoint.reading import Bytes, Reader
-from weightkit.checkpoint.tensors import GroupDequantized, LazyTensor, is_plain, size_bytes
+from weightkit.checkpoint.tensors import (
+    BlockQuantized,
+    Cast,
+    Concat,
+    Dequantized,
+    GroupDequantized,
+    LazyTensor,
+    Narrow,
+    size_bytes,
+)
 from weightkit.compute.engines import (
     CpuEngine,
     CudaEngine,
@@ -28,7 +37,7 @@ from weightkit.compute.engines import (
     no_device,
 )
 from weightkit.compute.evaluate import evaluate, strips
-from weightkit.errors import DeviceError
+from weightkit.errors import DeviceError, ScaleError
 
 #: Less than this is done on a CPU before a GPU is ready; ``auto`` then starts none, and torch need not be imported.
 WORTH_BYTES = 1 << 30
@@ -97,17 +106,17 @@ class StartingEngine:
         tell(f"The GPU cannot be used ({self._reason}). The CPU computes; the bytes are the same.")
 
 
-def start_engine(device: DeviceName = "auto", work: Iterable[LazyTensor] = ()) -> EngineSupply:
+def start_engine(device: DeviceName = "auto", work: Iterable[LazyTensor] | None = None) -> EngineSupply:
     """The engine for ``--device``, at work at once: on the CPU until the GPUs, all that CUDA shows, are ready.
 
     Args:
         device: ``auto`` takes GPUs where there are some and ``work`` is worth their start.
-        work: the tensors that are to be computed, whose kernels are made ready; none where they are not known.
+        work: the tensors that are to be computed, whose kernels are made ready; None where they are not known.
 
     Raises ``DeviceError``: ``cuda``, and there is no GPU, as far as can be told without torch.
     """
-    tensors = [tensor for tensor in work if not is_plain(tensor)]
-    small = bool(tensors) and sum(map(size_bytes, tensors)) < WORTH_BYTES
+    tensors = [tensor for tensor in work or () if _has_kernel(tensor)]
+    small = work is not None and sum(map(size_bytes, tensors)) < WORTH_BYTES
     if device == "cpu" or (device == "auto" and (small or not has_driver())):
         return CpuEngine()
     samples = _samples(tensors)
@@ -178,7 +187,8 @@ def _open(samples: Iterable[LazyTensor]) -> Engine:
         one = CudaEngine([number])
         for sample in samples:
             _require_wanted()
-            evaluate(sample, _Zeros(), one)
+            with suppress(ScaleError):  # of a GPTQ strip whose groups zeros do not name
+                evaluate(sample, _Zeros(), one)
     return CudaEngine(devices)
 
 
@@ -187,18 +197,29 @@ def _samples(tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
     first: dict[object, LazyTensor] = {}
     for tensor in tensors:
         first.setdefault(_kind(tensor), tensor)
-    return [next(strips(_from_first_group(tensor), SAMPLE_BYTES)) for tensor in first.values()]
+    return [next(strips(tensor, SAMPLE_BYTES)) for tensor in first.values()]
 
 
 def _kind(tensor: LazyTensor) -> object:
     """What computing it takes: its class, its dtype, and the same of what it is made from."""
-    inner = [getattr(tensor, name) for name in ("source", "weight", "qweight") if hasattr(tensor, name)]
-    return type(tensor).__name__, tensor.dtype, getattr(tensor, "scales", None) is True, *map(_kind, inner)
+    scales = isinstance(tensor, BlockQuantized) and tensor.scales
+    return type(tensor).__name__, tensor.dtype, scales, *map(_kind, _made_from(tensor))
 
 
-def _from_first_group(tensor: LazyTensor) -> LazyTensor:
-    """Zeros as ``g_idx`` name the first group."""
-    return replace(tensor, first_group=0) if isinstance(tensor, GroupDequantized) else tensor
+def _made_from(tensor: LazyTensor) -> tuple[LazyTensor, ...]:
+    match tensor:
+        case Narrow(source=source) | Cast(source=source) | BlockQuantized(source=source):
+            return (source,)
+        case Concat(parts=parts):
+            return tuple(parts)
+    return ()
+
+
+def _has_kernel(tensor: LazyTensor) -> bool:
+    """Whether a GPU computes some of it; plain casts and gathers are the CPU's everywhere."""
+    if isinstance(tensor, Dequantized | GroupDequantized | BlockQuantized):
+        return True
+    return any(map(_has_kernel, _made_from(tensor)))
 
 
 class _Zeros(Reader):
