@@ -34,6 +34,7 @@ from weightkit.family import Architecture, Role, blueprint
 from weightkit.generation import Generation, Runtime
 from weightkit.generation.memory import Budget
 from weightkit.generation.plan import estimate
+from weightkit.model import LatentCache
 from weightkit.model.checkpoint_weights import WeightSizes
 from weightkit.sizing.forms import quantized
 from weightkit.units import human_bytes, human_seconds, parse_bytes
@@ -70,6 +71,17 @@ class Row:
         )
 
 
+class Watched(Runtime):
+    """Notes how much was read when the first prompt was through."""
+
+    prompt_bytes = 0
+
+    def prefill(self, ids: Sequence[int], cache: LatentCache, *, progress: bool = False) -> torch.Tensor:
+        logits = super().prefill(ids, cache, progress=progress)
+        self.prompt_bytes = self.prompt_bytes or self.weights.bytes_read
+        return logits
+
+
 def run(name: str, path: Path, args: argparse.Namespace, **budgets: int | bool) -> Row:
     """Generate in one way, from cold files."""
     forget(path)
@@ -78,12 +90,10 @@ def run(name: str, path: Path, args: argparse.Namespace, **budgets: int | bool) 
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with Runtime(path, device=args.device, **budgets) as runtime:  # type: ignore[arg-type]
+    with Watched(path, device=args.device, **budgets) as runtime:  # type: ignore[arg-type]
         runtime.eos_ids = frozenset()  # random weights stop at random
-        stream = runtime.stream(prompts[0], max_new_tokens=args.new_tokens)
-        next(iter(stream))
-        prompt_bytes = runtime.weights.bytes_read
-        alone = stream.result
+        alone = runtime.generate(prompts[0], max_new_tokens=args.new_tokens)
+        prompt_bytes = runtime.prompt_bytes
         token_bytes = (runtime.weights.bytes_read - prompt_bytes) // max(1, args.new_tokens - 1)
         together = runtime.generate_many(prompts, max_new_tokens=args.new_tokens)
         peak = torch.cuda.max_memory_allocated() if on_gpu else runtime.weights.kept_bytes
