@@ -28,6 +28,7 @@ class GenerationPlan:
         token_bytes: about what one new token of every prompt of a pass needs.
         token_read_bytes: the part of it that no cache has, and that is read from files.
         rate: how fast the files are read; None where it was not measured.
+        multiplies_stored: whether quantized weights are multiplied with as they are stored, on a GPU.
     """
 
     weights_bytes: int
@@ -43,6 +44,7 @@ class GenerationPlan:
     token_bytes: int
     token_read_bytes: int
     rate: ReadRate | None = None
+    multiplies_stored: bool = False
 
     @property
     def prompt_s(self) -> float | None:
@@ -60,7 +62,8 @@ class GenerationPlan:
 
     def render(self) -> str:
         """A few lines for a terminal."""
-        dense = f"{human_bytes(self.weights_bytes)} as stored, {human_bytes(self.dense_bytes)} in {self.dtype}"
+        kept = "as stored, and multiplied with so;" if self.multiplies_stored else "as stored,"
+        dense = f"{human_bytes(self.weights_bytes)} {kept} {human_bytes(self.dense_bytes)} in {self.dtype}"
         prompts = f"{counted(self.prompts, 'prompt')}, {counted(self.prompt_tokens, 'token')}"
         together = "" if self.passes == 1 else f", in {self.passes} passes"
         saved = self.token_bytes - self.token_read_bytes
@@ -102,6 +105,7 @@ def estimate(
     device: str,
     is_streamed: bool,
     rate: ReadRate | None = None,
+    multiplies_stored: bool = False,
 ) -> GenerationPlan:
     """The plan for prompts of these lengths, in the groups in which they go through.
 
@@ -132,6 +136,7 @@ def estimate(
         token_bytes=sizes.always + token_experts + width * sizes.row,
         token_read_bytes=again + int(token_experts * (1 - kept_share)) + width * sizes.row,
         rate=rate,
+        multiplies_stored=multiplies_stored,
     )
 
 

@@ -398,6 +398,7 @@ class Runtime:
             dtype=_name(weights.dtype),
             device=weights.device.type,
             is_streamed=weights.is_streamed,
+            multiplies_stored=weights.multiplies_stored,
             rate=measure_read_rate(weights.files, jobs=weights.jobs) if measure else None,
         )
 

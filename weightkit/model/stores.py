@@ -303,6 +303,7 @@ class Streamed:
             jobs = slice(first, first + len(entries))
             found += self._multiply_all(entries, x, counts[jobs], starts[jobs], configs)
             first = jobs.stop
+            entries.clear()  # what had no room among the others is freed before the next is fetched
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def kept(self, name: str) -> torch.Tensor | None:
