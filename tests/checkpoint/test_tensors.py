@@ -140,15 +140,16 @@ def _copies_cover_once(tensor: LazyTensor) -> None:
 
 
 @settings(quick, max_examples=60)
-@given(st.data(), st.sampled_from([1, 64, 4096]), st.sampled_from([0.0, 0.5, 2.0]))
+@given(st.data(), st.sampled_from([1, 64, 4096]), st.sampled_from([1, 64, 4096]), st.sampled_from([0.0, 0.5, 2.0]))
 def test_reads_do_not_depend_on_how_runs_are_covered(
-    folder: Path, data: st.DataObject, scratch: int, dense: float
+    folder: Path, data: st.DataObject, scratch: int, covering: int, dense: float
 ) -> None:
     pool = Pool(folder)
     tensor, array = data.draw(trees(pool, "BF16", (5, 9)))
     pool.save()
     with pytest.MonkeyPatch.context() as patch, Reader() as reader:
         patch.setattr(reading, "SCRATCH_BYTES", scratch)
+        patch.setattr(reading, "COVERING_BYTES", covering)
         patch.setattr(reading, "DENSE", dense)
         assert reader.read(tensor).tobytes() == array.tobytes()
 
