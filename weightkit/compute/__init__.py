@@ -10,6 +10,7 @@ from weightkit.compute.engines import (
     choose_engine,
 )
 from weightkit.compute.evaluate import evaluate, read_packed, start, strip_bytes, strips
+from weightkit.compute.scales import KeptScales
 from weightkit.compute.starting import StartingEngine, start_engine
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CudaEngine",
     "Engine",
     "EngineSupply",
+    "KeptScales",
     "PackedWeight",
     "Started",
     "StartingEngine",

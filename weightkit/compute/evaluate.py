@@ -26,6 +26,7 @@ from weightkit.checkpoint.tensors import (
     stored_parts,
 )
 from weightkit.compute.engines import Engine, Here, PackedWeight, Started
+from weightkit.compute.scales import KeptScales
 from weightkit.kernels.gptq_format_cpu import require_groups
 
 #: A strip's rows are a multiple of this, so that strips of block-scaled weights stay block-scaled.
@@ -105,10 +106,11 @@ def evaluate(tensor: LazyTensor, reader: Reader, engine: Engine) -> Bytes:
             return reader.read(tensor, engine.buffer("plain", size_bytes(tensor)))
 
 
-def start(tensor: LazyTensor, reader: Reader, engine: Engine) -> Started:
+def start(tensor: LazyTensor, reader: Reader, engine: Engine, kept: KeptScales | None = None) -> Started:
     """Read what the tensor is made from, and begin to compute its bytes; those of ``evaluate``.
 
-    What a device computes is waited for by whoever asks for the bytes; the rest is done when this returns.
+    What a device computes is waited for by whoever asks for the bytes; the rest is done when this returns. Scales that
+    come with codes are put into ``kept``, and those that are asked for are taken from there if they are there.
     """
     match tensor:
         case Dequantized(weight, scale, dtype):
@@ -117,11 +119,25 @@ def start(tensor: LazyTensor, reader: Reader, engine: Engine) -> Started:
             return engine.start_dequantize(raw.reshape(weight.shape), scales.reshape(scale.shape), dtype)
         case GroupDequantized():
             return engine.start_dequantize_groups(read_packed(tensor, reader, engine), tensor.dtype)
-        case BlockQuantized(source, scales, power_of_two) if is_plain(source):
-            values, (rows, columns) = evaluate(source, reader, engine), source.shape
-            started = engine.start_quantize_blocks(values, (rows, columns), source.dtype, power_of_two)
-            return started[1] if scales else started[0]
+        case BlockQuantized():
+            return _start_quantized(tensor, reader, engine, kept or KeptScales())
     return Here(evaluate(tensor, reader, engine))
+
+
+def _start_quantized(tensor: BlockQuantized, reader: Reader, engine: Engine, kept: KeptScales) -> Started:
+    source, (rows, columns) = tensor.source, tensor.source.shape
+    if tensor.scales and (found := kept.take(tensor)) is not None:
+        return found
+    values = evaluate(source, reader, engine)
+    if is_plain(source):
+        codes, scales = engine.start_quantize_blocks(values, (rows, columns), source.dtype, tensor.power_of_two)
+    else:  # the values may lie in the engine's memory for results, which a later call overwrites
+        made, factors = engine.quantize_blocks(values, (rows, columns), source.dtype, tensor.power_of_two)
+        codes, scales = Here(made), Here(factors.reshape(-1).view(np.uint8))
+    if tensor.scales:
+        return scales
+    kept.keep(tensor, scales)
+    return codes
 
 
 def read_packed(tensor: GroupDequantized, reader: Reader, engine: Engine) -> PackedWeight:

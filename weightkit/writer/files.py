@@ -17,7 +17,7 @@ from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.copies import Copy
 from weightkit.checkpoint.reading import Bytes
 from weightkit.checkpoint.tensors import Promised, size_bytes
-from weightkit.compute import EngineSupply, Started, start
+from weightkit.compute import EngineSupply, KeptScales, Started, start
 from weightkit.compute.engines import Here
 from weightkit.errors import WriteError
 from weightkit.writer.journal import Progress
@@ -120,13 +120,14 @@ class FileWriter:
         """Each piece in its turn, begun where it is computed here: one that a device computes only once the next is
         begun too, so that reading and computing overlap."""
         waiting: deque[tuple[Made, Started]] = deque()
+        kept = KeptScales()
         for piece in left:
             observer.check_stop()
             if isinstance(piece, Copied) or self._is_promised(piece):
                 yield from _emptied(waiting)
                 yield piece, None
                 continue
-            started = start(piece.strip, self._reader, self._engine.now())
+            started = start(piece.strip, self._reader, self._engine.now(), kept)
             waiting.append((piece, started))
             while len(waiting) > (0 if started.is_here else self._ahead):
                 yield waiting.popleft()

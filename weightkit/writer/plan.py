@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -71,9 +71,13 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of source tensors that the outputs are made from, counted once for each output that needs them."""
+        """Bytes of source tensors that the outputs are made from, counted once for each output that needs them; codes
+        and scales of a weight in one file are one."""
         return sum(
-            size_bytes(part) for file in self.files for tensor in file.tensors.values() for part in stored_parts(tensor)
+            size_bytes(part)
+            for file in self.files
+            for tensor in _read_for(file.tensors.values())
+            for part in stored_parts(tensor)
         )
 
     @property
@@ -108,6 +112,15 @@ class Plan:
             described = [[name, describe(tensor, paths)] for name, tensor in file.tensors.items()]
             lines.append([file.name, hashlib.sha256(file.header).hexdigest(), described])
         return lines
+
+
+def _read_for(tensors: Iterable[LazyTensor]) -> Iterator[LazyTensor]:
+    """All but block scales that are found with the codes before them."""
+    last: LazyTensor | None = None
+    for tensor in tensors:
+        if not (isinstance(tensor, BlockQuantized) and tensor.scales and replace(tensor, scales=False) == last):
+            yield tensor
+        last = tensor
 
 
 def _sha256(file: SideFile) -> str:
