@@ -174,6 +174,10 @@ class Bench:
     def left_s(self) -> float:
         return float(self.deadline - time.monotonic())
 
+    def is_over(self) -> bool:
+        """Whether what was stopped just now was for want of time."""
+        return self.left_s() <= RESERVE_S + 1
+
     def note(self, line: str, *, failed: bool = False) -> None:
         print(line, flush=True)
         self.notes.append(line)
@@ -186,7 +190,7 @@ class Bench:
             try:
                 self.one(task, share)
             except RunError as exc:
-                self.note(f"{task.name}: {exc}", failed=self.left_s() > 2 * RESERVE_S)
+                self.note(f"{task.name}: {exc}", failed=not self.is_over())
             wanted = {name for later in tasks[position + 1 :] for name in sources_of(later)}
             for name in {"mtp", *(task.output for task in TASKS if task.output)} - wanted:
                 shutil.rmtree(self.work / name, ignore_errors=True)
@@ -214,7 +218,10 @@ class Bench:
         return folder
 
     def one(self, task: Task, share: float) -> None:
-        """The rounds of one task, in this share of the time that is left once its input is there. Raises ``RunError`` where there is nothing to measure it on."""
+        """The rounds of one task, in this share of the time that is left once its input is there.
+
+        Raises ``RunError`` where there is nothing to measure it on.
+        """
         source = self.need(task.source)
         if task.output:
             self.need(task.output)
@@ -260,7 +267,7 @@ class Bench:
             if check and self.args.compare and task.equals and not contender.bound:
                 self.hold_against(task, contender, out)
         except RunError as exc:
-            self.note(f"{task.name}: {contender.name} FAILED: {exc}", failed=contender.ours)
+            self.note(f"{task.name}: {contender.name} FAILED: {exc}", failed=contender.ours and not self.is_over())
             return None
         finally:
             shutil.rmtree(out, ignore_errors=True)
