@@ -37,20 +37,21 @@ _KIND = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """What one program does. Compiled for sm_90, four words a thread take 80 registers (115 for F32), eight up to 166.
+    """What one program does. Compiled for sm_90, four words a thread take 32 to 40 registers.
 
     Attributes:
         columns: columns of ``qweight``, which are rows of the output, a power of two; adjacent in what is read.
-        words: rows of ``qweight``, a power of two; adjacent in what is written, 8 codes of 4 bits a word.
+        words: rows of ``qweight`` at most, a power of two; adjacent in what is written, 8 codes of 4 bits a word. Fewer
+            are taken where a group has fewer, as a tile of several groups is slow.
         num_warps: warps a program.
         streaming: ask the caches to let go first of what passes through.
         hardware_rounding: let the device round and give NaN its pattern. Never so under the interpreter, which
             truncates F32 to BF16.
     """
 
-    columns: int = 32
+    columns: int = 64
     words: int = 16
-    num_warps: int = 4
+    num_warps: int = 8
     streaming: bool = True
     hardware_rounding: bool = True
 
@@ -214,18 +215,14 @@ def _either(left, right):
 
 
 @triton.jit
-def _dequant_codes(
-    code, scales, qzeros, group, column, groups, N, mask,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, KIND: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """Codes -> bits of their values; ``group`` has one entry a word, or one a code. No group outside ``groups``."""
-    PER_WORD: tl.constexpr = 32 // BITS
-    inside = mask & (group >= 0) & (group < groups)
-    row = group.to(tl.int64)
-    scale = tl.load(scales + row * N + column, mask=inside, other=float("nan")).to(tl.float32)
-    word = tl.load(qzeros + row * (N // PER_WORD) + column // PER_WORD, mask=inside, other=0)
-    zero = ((word >> (column % PER_WORD * BITS)) + OFFSET) & ((1 << BITS) - 1)
-    return _encode((code - zero).to(tl.float32) * scale, KIND, HARDWARE)
+def _difference(code, zero):
+    """``float32(code - zero)`` of small integers: a code put into the mantissa of 2**23, which converts no integer."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (zero | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _zero_of(word, column, BITS: tl.constexpr, OFFSET: tl.constexpr):
+    return ((word >> (column % (32 // BITS) * BITS)) + OFFSET) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -236,45 +233,60 @@ def _dequant_kernel(
 ):  # fmt: skip
     """qweight [K / PER_WORD, N], qzeros [groups, N / PER_WORD], scales [groups, N], g_idx [K] -> out bits [N, K].
 
-    Words are read along N and written along K: they are transposed while packed, eight codes at once. Codes of a word
-    share scale and zero but for activation order, so one of each is loaded a word; tiles where they differ load one of
-    each a code.
+    Words are read along N and written along K: they are transposed while packed, eight codes at once. A tile of one
+    group, as all are but for activation order, loads a scale and a zero a column, before it is known to be one;
+    tiles of several load one of each a code.
     """
     PER_WORD: tl.constexpr = 32 // BITS
+    LARGEST: tl.constexpr = (1 << BITS) - 1
+    SLICE: tl.constexpr = COLUMNS if COLUMNS < 8 else 8
     word_rows = K // PER_WORD
     word_tiles = (word_rows + WORDS - 1) // WORDS
     pid = tl.program_id(0)
     n0 = (pid // word_tiles) * COLUMNS
     r0 = (pid % word_tiles) * WORDS
 
-    n = n0 + tl.arange(0, COLUMNS)
-    r = r0 + tl.arange(0, WORDS)
-    mask = (r[:, None] < word_rows) & (n[None, :] < N)
-    place = r[:, None].to(tl.int64) * N + n[None, :]
-    words = tl.load(qweight_ptr + place, mask=mask, other=0, eviction_policy="evict_first" if STREAMING else "")
-    words = tl.trans(words)[:, :, None]
-
+    across = tl.arange(0, COLUMNS)
+    down = tl.arange(0, WORDS)
     j = tl.arange(0, PER_WORD)
-    k = r[:, None] * PER_WORD + j[None, :]
-    group = tl.load(g_idx_ptr + k, mask=k < K, other=0)
-    first = tl.load(g_idx_ptr + r * PER_WORD, mask=r < word_rows, other=0)
-    mixed = tl.reduce(group ^ first[:, None], None, _either)
-
-    column = n[:, None, None]
-    inside = (column < N) & (r[None, :, None] < word_rows)
-    code = (words >> (j * BITS)[None, None, :]) & ((1 << BITS) - 1)
-    if mixed == 0:
-        one = first[None, :, None]
-        bits = _dequant_codes(
-            code, scales_ptr, qzeros_ptr, one, column, groups, N, inside, BITS, OFFSET, KIND, HARDWARE
-        )
+    n_left = N - n0
+    r_left = word_rows - r0
+    words_start = qweight_ptr + r0.to(tl.int64) * N + n0  # a matrix may pass 2**31 elements; a tile does not
+    out_start = out_ptr + n0.to(tl.int64) * K + r0 * PER_WORD
+    within = down[:, None] * PER_WORD + j[None, :]
+    words = tl.load(
+        words_start + down[:, None] * N + across[None, :],
+        mask=(down[:, None] < r_left) & (across[None, :] < n_left),
+        other=0,
+        eviction_policy="evict_first" if STREAMING else "",
+    )
+    one = tl.load(g_idx_ptr + r0 * PER_WORD)
+    group = tl.load(g_idx_ptr + r0 * PER_WORD + within, mask=down[:, None] < r_left, other=one)
+    known = (across < n_left) & (one >= 0) & (one < groups)
+    row = one.to(tl.int64)
+    scale = tl.load(scales_ptr + row * N + n0 + across, mask=known, other=float("nan")).to(tl.float32)
+    zero = tl.load(qzeros_ptr + row * (N // PER_WORD) + (n0 + across) // PER_WORD, mask=known, other=0)
+    if tl.reduce(group ^ one, None, _either) == 0:
+        column = across[:, None, None]
+        code = (tl.trans(words)[:, :, None] >> (j * BITS)[None, None, :]) & LARGEST
+        zero = _zero_of(zero, n0 + across, BITS, OFFSET)
+        bits = _encode(_difference(code, zero[:, None, None]) * scale[:, None, None], KIND, HARDWARE)
+        inside = (column < n_left) & (down[None, :, None] < r_left)
+        out = out_start + column * K + within[None, :, :]
+        tl.store(out, bits, mask=inside, cache_modifier=".cs" if STREAMING else "")
     else:
-        each = group[None, :, :]
-        bits = _dequant_codes(
-            code, scales_ptr, qzeros_ptr, each, column, groups, N, inside, BITS, OFFSET, KIND, HARDWARE
-        )
-    out = out_ptr + column.to(tl.int64) * K + k[None, :, :]
-    tl.store(out, bits, mask=inside, cache_modifier=".cs" if STREAMING else "")
+        # A slice of columns at a time: all at once would take the registers that the other branch's speed rests on.
+        each = group[None, :, :].to(tl.int64)
+        for first in range(0, COLUMNS, SLICE):
+            place = first + tl.arange(0, SLICE)[:, None, None]
+            wide = (place < n_left) & (down[None, :, None] < r_left)
+            there = wide & (each >= 0) & (each < groups)
+            factor = tl.load(scales_ptr + each * N + n0 + place, mask=there, other=float("nan")).to(tl.float32)
+            stored = tl.load(qzeros_ptr + each * (N // PER_WORD) + (n0 + place) // PER_WORD, mask=there, other=0)
+            word = tl.load(words_start + down[None, :, None] * N + place, mask=wide, other=0)
+            code = (word >> (j * BITS)[None, None, :]) & LARGEST
+            value = _difference(code, _zero_of(stored, n0 + place, BITS, OFFSET)) * factor
+            tl.store(out_start + place * K + within[None, :, :], _encode(value, KIND, HARDWARE), mask=wide)
 
 
 # --- launcher ---------------------------------------------------------------------------------------------------------
@@ -321,15 +333,22 @@ def dequant(
         return out
     if not out.is_cuda and not interpreted():
         return out.copy_(dequant_reference(qweight, qzeros, scales, g_idx, bits, zero_offset, dtype))
-    tiles = triton.cdiv(n, config.columns) * triton.cdiv(qweight.shape[0], config.words)
+    words = _words_a_tile(qweight.shape[0], scales.shape[0], config)
+    tiles = triton.cdiv(n, config.columns) * triton.cdiv(qweight.shape[0], words)
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
         _dequant_kernel[(tiles,)](
             qweight, qzeros, scales, g_idx, out.view(_BITS_DTYPE[dtype]), n, k, scales.shape[0],
             BITS=bits, OFFSET=zero_offset, KIND=_KIND[dtype],
             HARDWARE=config.hardware_rounding and not interpreted() and torch.version.hip is None,
-            COLUMNS=config.columns, WORDS=config.words, STREAMING=config.streaming, num_warps=config.num_warps,
+            COLUMNS=config.columns, WORDS=words, STREAMING=config.streaming, num_warps=config.num_warps,
         )  # fmt: skip
     return out
+
+
+def _words_a_tile(word_rows: int, groups: int, config: TileConfig) -> int:
+    """The largest power of two that is no more than the config's and, on average, a group's."""
+    a_group = max(1, word_rows // groups)
+    return min(config.words, 1 << (a_group.bit_length() - 1))
 
 
 def _check_operands(
