@@ -1,0 +1,82 @@
+"""Generating with weights multiplied as they are stored: tokens from any budgets, and what is said of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from plain_kernels import PlainKernels
+from tiny import V3, V3_INT4, write_tiny
+
+from weightkit.errors import SpaceError
+from weightkit.generation import Runtime
+from weightkit.generation.memory import grouped_bytes
+from weightkit.model.products import Products
+
+PROMPTS = [[3, 9, 27, 40], [5, 6]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Products this small go slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["fp8", "int4"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stored") / str(request.param)
+    write_tiny(folder, replace({"fp8": V3, "int4": V3_INT4}[request.param], layers=2, mtp_layers=0))
+    return folder
+
+
+def opened(path: Path, **options: object) -> Runtime:
+    runtime = Runtime(path, device="cpu", dtype="bf16", **options)  # type: ignore[arg-type]
+    kernels = PlainKernels()
+    runtime.weights.products = Products(kernels, kernels)
+    runtime.eos_ids = frozenset()  # random weights stop at random
+    return runtime
+
+
+def test_tokens_do_not_depend_on_memory(path: Path) -> None:
+    found = []
+    for memory_bytes, host_bytes in ((None, None), (60_000, 1 << 18), (0, 0)):
+        with opened(path, memory_bytes=memory_bytes, host_bytes=host_bytes, jobs=2) as runtime:
+            alone = runtime.generate(PROMPTS[0], max_new_tokens=4).token_ids
+            together = [result.token_ids for result in runtime.generate_many(PROMPTS, max_new_tokens=3)]
+            assert runtime.weights.is_streamed == (memory_bytes is not None)
+        found.append((alone, together))
+    assert all(tokens == found[0] for tokens in found[1:])
+
+
+def test_what_all_weights_need_is_what_they_take_as_stored(path: Path) -> None:
+    with opened(path, host_memory=1 << 30, jobs=1) as runtime:
+        runtime.plan(PROMPTS[:1], max_new_tokens=2, measure=False)
+        assert runtime._budget is not None
+        assert runtime.weights.packed_bytes < runtime.weights.sizes.dense
+        least = runtime._budget.working + runtime.weights.packed_bytes
+    with opened(path, stream=False, host_memory=least, jobs=1) as runtime:
+        plan = runtime.plan(PROMPTS[:1], max_new_tokens=2, measure=False)
+        assert "as stored, and multiplied with so; " in plan.render()
+        assert not plan.is_streamed
+    with (
+        opened(path, stream=False, host_memory=least - 1, jobs=1) as runtime,
+        pytest.raises(SpaceError, match="not to be streamed"),
+    ):
+        runtime.plan(PROMPTS[:1], max_new_tokens=2, measure=False)
+
+
+def test_products_of_experts_at_once_are_counted(path: Path) -> None:
+    with Runtime(path, device="cpu", dtype="bf16") as dense, opened(path) as stored:
+        for runtime in (dense, stored):
+            runtime.plan(PROMPTS, max_new_tokens=2)
+        more = stored._budget.working - dense._budget.working  # type: ignore[union-attr]
+        reserved = stored._reserved
+        assert reserved is not None
+        rows = min(2 * reserved, 2048)  # two experts a token
+        assert more == grouped_bytes(stored.model.arch, 2, reserved) == rows * (144 * (2 * 2 + 8) + 4 * 128 * 2)
