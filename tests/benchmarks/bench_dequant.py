@@ -1,13 +1,15 @@
-"""How fast FP8 blocks are dequantized, beside the machine's own copy. Run by hand:
+"""How fast FP8 blocks are dequantized and made, and int4 dequantized, beside the machine's own copy. Run by hand:
 
     python tests/benchmarks/bench_dequant.py [--sweep] [--peer DIR] [--cpu]
 
-On a GPU: GB/s of memory traffic, 3 bytes an element (1 read, 2 written), against a device copy of as many bytes. Inputs
-and outputs are larger than the L2 cache or rotate through sets that together are; launches are replayed from a CUDA
-graph, so that the host's time is not measured. ``--peer DIR`` measures ``weight_dequant`` of a folder with DeepSeek's
-``inference/kernel.py`` in the same run, and compares bits. ``--sweep`` tries tile shapes.
+On a GPU: GB/s of memory traffic against a device copy of as many bytes in the same run. For FP8 3 bytes an element (1
+read and 2 written, or the reverse), for int4 2.5 and scales, zeros and g_idx. Inputs and outputs are larger than the L2
+cache or rotate through sets that together are; launches are replayed from a CUDA graph, so that the host's time is not
+measured. ``--peer DIR`` measures ``weight_dequant`` of a folder with DeepSeek's ``inference/kernel.py`` in the same
+run, and compares bits. ``--sweep`` tries tile shapes.
 
-On a CPU (``--cpu``, or where there is no GPU): GB/s of FP8 read, one thread and all, beside plain torch.
+On a CPU (``--cpu``, or where there is no GPU): GB/s of FP8 read, one thread and all, beside plain torch; and GB/s of BF16 made FP8, one
+thread.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from weightkit.kernels import gptq_format
 from weightkit.kernels.fp8_dequant import DEFAULT_CONFIG, TileConfig, dequant, dequant_many, dequant_reference
+from weightkit.kernels.fp8_quant import quantize
 
 EXPERT_SHAPES = [(2048, 7168), (7168, 2048)]
 STACK = 32
@@ -127,7 +131,43 @@ def bench_gpu(peer: Peer | None) -> Rows:
             other = torch.empty(weight.shape, dtype=dtype, device="cuda")
             add(f"{STACK} x {name} to {dtype}", stacked_rate(weight, scale, other))
     add("a layer's list of mixed shapes, one launch", list_rate())
+    for shape in EXPERT_SHAPES:
+        name = f"{STACK} x {shape[0]}x{shape[1]}"
+        came = dequant(*random_stack(STACK, *shape)).flatten(0, 1)
+        add(f"BF16 to FP8: {name}, values that came from FP8", quantize_rate(came))
+        add(f"BF16 to FP8: {name}, normal values", quantize_rate(came.normal_(std=0.02)))
+        del came
+        add(f"int4 to BF16: {name}, a launch each", int4_rate(*shape))
     return rows
+
+
+def quantize_rate(values: torch.Tensor) -> float:
+    codes = torch.empty(values.shape, dtype=torch.uint8, device="cuda")
+    scales = torch.empty(-(-values.shape[0] // 128), -(-values.shape[1] // 128), device="cuda")
+    seconds = graph_seconds(lambda: quantize(values, out=(codes, scales)))
+    return values.numel() * (values.element_size() + 1) / seconds * 1e-9
+
+
+def int4_rate(n: int, k: int, group_size: int = 128) -> float:
+    """Random weights [N, K], in groups without activation order."""
+    g_idx = (torch.arange(k, device="cuda") // group_size).int()
+    weights = [
+        (
+            torch.randint(-(2**31), 2**31, (k // 8, n), device="cuda").int(),
+            torch.randint(-(2**31), 2**31, (k // group_size, n // 8), device="cuda").int(),
+            (torch.rand(k // group_size, n, device="cuda") * 0.01).half(),
+            g_idx,
+        )
+        for _ in range(STACK)
+    ]
+    outs = [torch.empty((n, k), dtype=torch.bfloat16, device="cuda") for _ in weights]
+
+    def launch() -> None:
+        for weight, out in zip(weights, outs, strict=True):
+            gptq_format.dequant(*weight, out=out)
+
+    operands = sum(part.numel() * part.element_size() for part in weights[0])
+    return STACK * (operands + n * k * 2) / graph_seconds(launch) * 1e-9
 
 
 def add_peer(
@@ -257,6 +297,31 @@ def bench_cpu(jobs: int) -> Rows:
     return rows
 
 
+def bench_quantize_cpu() -> Rows:
+    """GB/s of BF16 made FP8 on one thread; the ratio is to a copy of it."""
+    from weightkit.kernels.fp8_quant_cpu import quantize_cpu
+
+    rows: Rows = []
+    for m, n in EXPERT_SHAPES:
+        normal = torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 0.02
+        blocks = normal.view(m // 128, 128, n // 128, 128)
+        scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+        came = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
+        out = np.empty((m, n), np.uint8)
+        for name, values in (("normal values", normal), ("values that came from FP8", came.view(m, n))):
+            raw = values.bfloat16().view(torch.uint8).numpy().reshape(-1)
+            copied = raw.size / host_seconds(lambda raw=raw, to=raw.copy(): np.copyto(to, raw), 9)[1] * 1e-9
+            for power_of_two in (False, True):
+
+                def run(raw=raw, out=out, shape=(m, n), power=power_of_two) -> None:  # type: ignore[no-untyped-def]
+                    quantize_cpu(raw, shape, "BF16", power_of_two=power, out=out)
+
+                rate = raw.size / host_seconds(run, 15)[1] * 1e-9
+                kind = ", scales powers of two" if power_of_two else ""
+                rows.append((f"BF16 to FP8: {m}x{n}, {name}{kind}", rate, rate / copied))
+    return rows
+
+
 def plain_torch(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     factor = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
     return (codes.view(torch.float8_e4m3fn).to(torch.float32) * factor).to(torch.bfloat16)
@@ -309,6 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sweep()
     if options.cpu or not torch.cuda.is_available():
         print_table(bench_cpu(options.jobs), "GB/s of FP8 (median)")
+        print_table(bench_quantize_cpu(), "GB/s of BF16, one thread (median)")
 
 
 if __name__ == "__main__":

@@ -175,6 +175,31 @@ def test_the_kernel_equals_it_too_on_a_gpu(dtype: torch.dtype) -> None:
             assert torch.equal(scales.cpu(), wanted[1])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_that_a_sample_says_too_little_of(dtype: torch.dtype) -> None:
+    """Few codes, zeros first, one value that no scale explains, powers of two, zeros of both signs, extremes."""
+    generator = torch.Generator().manual_seed(11)
+    rows = [from_fp8(dtype, 128, 1000, seed=seed) for seed in range(7)]
+    rows[0] = torch.randint(-2, 3, (128, 1000), generator=generator).to(dtype) * 0.5
+    rows[1][:8] = -0.0
+    rows[2][127, ::128] *= 1.01
+    rows[3] = (rows[3].float() * 0).to(dtype)
+    rows[4] = dequantized(
+        torch.randint(0, 0x7E, (128, 1000), dtype=torch.uint8, generator=generator), torch.full((1, 8), 0.25), dtype
+    )
+    if dtype != torch.float16:
+        rows[5] = rows[5] * 2.0**-120
+        rows[6] = rows[6] * 2.0**120
+    values = torch.cat(rows)
+    for power in (False, True):
+        codes, scales = fp8_quant.quantize(values.cuda(), power_of_two=power)
+        wanted = on_cpu(values, power)
+        assert torch.equal(scales.cpu(), wanted[1])
+        assert torch.equal(codes.cpu(), wanted[0])
+
+
 def test_nan_has_its_code_and_does_not_spoil_its_block() -> None:
     values = cases(torch.float32)[2]
     codes, scales = on_cpu(values, power_of_two=False)
