@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import V3_INT4, write_tiny
+from tiny import V3, V3_INT4, write_tiny
 
 import weightkit as wk
 from weightkit.checkpoint.tensors import Cast, Dequantized, LazyTensor, Stored, size_bytes
@@ -123,7 +124,7 @@ def test_auto_starts_a_gpu_for_what_is_worth_it(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("kind", ["bf16", "f32", "fp8", "gptq", "shard"])
 def test_samples_can_be_computed(kind: str, tmp_path: Path) -> None:
-    write_tiny(tmp_path / "source", *([V3_INT4] if kind == "gptq" else []))
+    write_tiny(tmp_path / "source", replace(V3_INT4 if kind == "gptq" else V3, layers=2, mtp_layers=0))
     opened = wk.open_checkpoint(tmp_path / "source")
     if kind == "fp8":
         opened = wk.cast(opened, "bf16")
