@@ -370,18 +370,18 @@ def _checked(
     """Refuse what the kernels would misread; return x as contiguous rows."""
     n, inputs = codes[0].shape if codes[0].dim() == 2 else (0, 0)
     for tensor in codes:
-        if tensor.dtype not in (torch.float8_e4m3fn, torch.uint8) or list(tensor.shape) != [n, inputs]:
+        if tensor.dtype not in (torch.float8_e4m3fn, torch.uint8) or tensor.shape != (n, inputs):
             raise PlanError(
                 "an FP8 product needs E4M3 codes, matrices of one shape",
                 expected=f"torch.float8_e4m3fn or torch.uint8, [N, K]{f' = [{n}, {inputs}]' if inputs else ''}",
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
-    blocks = [-(-n // BLOCK), -(-inputs // BLOCK)]
+    blocks = (-(-n // BLOCK), -(-inputs // BLOCK))
     for tensor in scales:
-        if tensor.dtype != torch.float32 or list(tensor.shape) != blocks:
+        if tensor.dtype != torch.float32 or tensor.shape != blocks:
             raise ScaleError(
                 f"scale does not fit a weight of shape {[n, inputs]}",
-                expected=f"torch.float32 {blocks}",
+                expected=f"torch.float32 {list(blocks)}",
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
     if config and (config.columns > BLOCK or config.depth > BLOCK):

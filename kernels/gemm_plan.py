@@ -133,8 +133,8 @@ def check_place(operands: Sequence[torch.Tensor]) -> None:
     """Refuse weights that are not contiguous, and operands on more than one device. The first is x, of any strides."""
     if not all(tensor.is_contiguous() for tensor in operands[1:]):
         raise PlanError("the kernel needs contiguous weights and scales", fix="Call .contiguous() first.")
-    devices = sorted({str(tensor.device) for tensor in operands})
-    if len(devices) > 1:
+    if any(tensor.device != operands[0].device for tensor in operands[1:]):
+        devices = sorted({str(tensor.device) for tensor in operands})
         raise PlanError("operands of a product lie on different devices", found=", ".join(devices))
 
 

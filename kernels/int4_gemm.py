@@ -485,14 +485,14 @@ def _checked(
     inputs = words * per_word
     groups = 1 if group_size == -1 else max(1, -(-inputs // group_size))
     for tensors, kind, shape, name in (
-        (qweights, torch.int32, [words, n], "qweight"),
-        (scales, torch.float16, [groups, n], "scales"),
+        (qweights, torch.int32, (words, n), "qweight"),
+        (scales, torch.float16, (groups, n), "scales"),
     ):
         for tensor in tensors:
-            if tensor.dtype != kind or list(tensor.shape) != shape:
+            if tensor.dtype != kind or tensor.shape != shape:
                 raise ScaleError(
                     f"{name} does not fit a GPTQ weight [{n}, {inputs}] of {bits} bits, groups of {group_size}",
-                    expected=f"{kind} {shape}",
+                    expected=f"{kind} {list(shape)}",
                     found=f"{tensor.dtype} {list(tensor.shape)}",
                 )
     check_rows(x, inputs)

@@ -151,11 +151,12 @@ class MoE:
         """[..., hidden] to [..., hidden]."""
         tokens = x.flatten(0, -2)
         ids, shares = self.route(tokens)
+        dispatch = self.dispatch(ids)  # waits for the device, which then has the shared experts to do
         shared = self._expert("shared_experts")(x) if self.arch.n_shared_experts else None
         if self.parallel.alone:
-            routed = self.experts(tokens, ids, shares).view_as(x)
+            routed = self.experts(tokens, ids, shares, dispatch).view_as(x)
             return routed if shared is None else routed.add_(shared)
-        part = self._own_experts(tokens, ids, shares, self.dispatch(ids)).view_as(x)
+        part = self._own_experts(tokens, ids, shares, dispatch).view_as(x)
         return self.parallel.sum(part if shared is None else part.add_(shared)).to(x.dtype)
 
     def holding(self) -> MoE:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LEAST_CAPABILITY = (8, 0)
 """The first GPUs whose tensor cores multiply BF16."""
 
+MOST_CONFIGS = 1024
+"""Configs that are remembered: a sequence's new tokens have one for each form."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -117,6 +120,7 @@ class Products:
     def __init__(self, fp8: ModuleType, int4: ModuleType) -> None:
         self._fp8 = fp8
         self._int4 = int4
+        self._configs: dict[tuple[Form, tuple[int, ...], torch.device], TileConfig] = {}
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> Products | None:
@@ -142,6 +146,15 @@ class Products:
 
     def config(self, form: Form, counts: Sequence[int], device: torch.device) -> TileConfig:
         """For ``experts``: the tiles of one launch with so many rows of each of its weights, which share a form."""
+        key = (form, tuple(counts), device)
+        found = self._configs.get(key)
+        if found is None:
+            if len(self._configs) >= MOST_CONFIGS:
+                self._configs.clear()
+            found = self._configs[key] = self._choose(form, counts, device)
+        return found
+
+    def _choose(self, form: Form, counts: Sequence[int], device: torch.device) -> TileConfig:
         if form.bits is None:
             found: TileConfig = self._fp8.experts_config(counts, form.shape, device)
         else:

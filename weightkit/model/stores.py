@@ -402,6 +402,8 @@ class Streamed:
         """The first of ``units`` and those after it for which there is room beside it, on the device until the next
         call."""
         self._in_use.clear()
+        if all(entry is not None and entry.is_there for entry in map(self._entries.get, (u.key for u in units))):
+            return self._take_what_is_there(units)
         entries = [self._take(units[0])]
         for unit in units[1:]:
             if unit.key not in self._entries and not self._start_early(unit):
@@ -421,6 +423,22 @@ class Streamed:
         self._read_ahead()
         self._count(unit, entry)
         return entry
+
+    def _take_what_is_there(self, units: Sequence[_Unit]) -> list[_Entry]:
+        """``_hold_some`` where nothing is waited for. A new token's experts wait for the host here: it is brief."""
+        keys = [unit.key for unit in units]
+        entries = [self._entries[key] for key in keys]
+        self._in_use.update(keys)
+        self._needed.difference_update(keys)
+        self._ahead.difference_update(keys)
+        self._read_ahead()
+        for unit, entry in zip(units, entries, strict=True):
+            self._count(unit, entry)
+        for shelf in (self._device, self._host):
+            if shelf is not None:
+                for key in keys:
+                    shelf.use(key)
+        return entries
 
     def _await(self, unit: _Unit, entry: _Entry) -> None:
         """Wait until a unit is there. Raises what kept it from being read."""
