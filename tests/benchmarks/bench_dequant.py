@@ -8,8 +8,8 @@ cache or rotate through sets that together are; launches are replayed from a CUD
 measured. ``--peer DIR`` measures ``weight_dequant`` of a folder with DeepSeek's ``inference/kernel.py`` in the same
 run, and compares bits. ``--sweep`` tries tile shapes.
 
-On a CPU (``--cpu``, or where there is no GPU): GB/s of FP8 read, one thread and all, beside plain torch; and GB/s of BF16 made FP8, one
-thread.
+On a CPU (``--cpu``, or where there is no GPU): GB/s of FP8 read, one thread and all, beside plain torch; and GB/s of
+BF16 made FP8, one thread.
 """
 
 from __future__ import annotations
@@ -310,7 +310,8 @@ def bench_quantize_cpu() -> Rows:
         out = np.empty((m, n), np.uint8)
         for name, values in (("normal values", normal), ("values that came from FP8", came.view(m, n))):
             raw = values.bfloat16().view(torch.uint8).numpy().reshape(-1)
-            copied = raw.size / host_seconds(lambda raw=raw, to=raw.copy(): np.copyto(to, raw), 9)[1] * 1e-9
+            copy = np.empty_like(raw)
+            copied = raw.size / host_seconds(lambda raw=raw, copy=copy: np.copyto(copy, raw), 9)[1] * 1e-9
             for power_of_two in (False, True):
 
                 def run(raw=raw, out=out, shape=(m, n), power=power_of_two) -> None:  # type: ignore[no-untyped-def]
