@@ -92,6 +92,7 @@ def run(name: str, path: Path, args: argparse.Namespace, **budgets: int | bool) 
         torch.cuda.reset_peak_memory_stats()
     with Watched(path, device=args.device, **budgets) as runtime:  # type: ignore[arg-type]
         runtime.eos_ids = frozenset()  # random weights stop at random
+        runtime.plan(prompts, max_new_tokens=args.new_tokens, measure=False)  # room for all of them in one pass
         alone = runtime.generate(prompts[0], max_new_tokens=args.new_tokens)
         prompt_bytes = runtime.prompt_bytes
         token_bytes = (runtime.weights.bytes_read - prompt_bytes) // max(1, args.new_tokens - 1)
