@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from folders import tree
 from tiny import V3, write_tiny
 
 import weightkit as wk
-from weightkit.checkpoint.reading import Bytes
+from weightkit.checkpoint.reading import Bytes, Reader
 from weightkit.compute import CpuEngine, Engine, Started
 from weightkit.compute.engines import Scales
 from weightkit.errors import DeviceError
 from weightkit.layouts import lay_out_published
 from weightkit.transforms import cast_to_fp8
-from weightkit.writer import execute, make_plan, stream
+from weightkit.writer import execute, files, make_plan, stream
 from weightkit.writer import pieces as cutting
 
 SMALL = replace(V3, layers=2, mtp_layers=0)
@@ -145,15 +146,26 @@ def test_same_bytes_whenever_the_device_takes_over(to: str, cpu_first: int, sour
     assert (device.pinned > 0) == (to != "f16")  # whose values are looked at first
 
 
+def begun_at_once(events: list[str]) -> list[int]:
+    """How many strips are begun and not landed, after each event."""
+    return list(itertools.accumulate(1 if event.startswith("start") else -1 for event in events))
+
+
 def test_the_next_strip_is_begun_before_one_is_waited_for(source: Path, tmp_path: Path) -> None:
     device = Device()
     run(source, "bf16", tmp_path / "out", device)
-    waiting = [0]
-    for event in device.events:
-        waiting.append(waiting[-1] + (1 if event.startswith("start") else -1))
-    assert max(waiting) == 2
-    assert waiting.count(2) > len(device.events) // 4
-    assert waiting[-1] == 0
+    begun = begun_at_once(device.events)
+    assert max(begun) == 2
+    assert begun.count(2) > len(begun) // 4
+    assert begun[-1] == 0
+
+
+def test_none_is_begun_early_from_a_spool(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its room is made by what was written."""
+    monkeypatch.setattr(files, "SpoolingReader", Reader)
+    device = Device()
+    run(source, "bf16", tmp_path / "out", device)
+    assert max(begun_at_once(device.events)) == 1
 
 
 @pytest.mark.parametrize("fail_at", [0, 9])
