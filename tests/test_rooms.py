@@ -43,7 +43,7 @@ ORDER = (
     ("manifests", "manifests.pico.architecture"),
     ("checkpoint",),
     ("durable", "machine", "progress", "remote", "units"),
-    ("errors",),
+    ("errors", "version"),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 #: May be imported without torch, numba or what brings them.

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from weightkit.version import __version__ as __version__
 
 #: Public name to the module that defines it.
 _HOMES = {

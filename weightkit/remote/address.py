@@ -18,7 +18,14 @@ _HUB = re.compile(
     r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<path>.+))?", re.DOTALL
 )
 #: Variables that say where an address is asked for. None of them is a secret.
-_WHERE = ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "FSSPEC_S3_ANON")
+_WHERE = (
+    "HF_ENDPOINT",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "FSSPEC_S3_ANON",
+)
 EXPECTED = "hf://owner/name, s3://bucket/folder, https://host/folder or http://host/folder"
 
 

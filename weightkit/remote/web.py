@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-import weightkit
 from weightkit.remote.patience import Hiccup, Patience
+from weightkit.version import __version__
 
 if TYPE_CHECKING:
     import requests
@@ -124,7 +124,7 @@ class Connection:
         at, announced = origin_of(home or url), None
         for _ in range(MAX_REDIRECTS):
             at_home = origin_of(url) == at
-            sent = {"User-Agent": f"weightkit/{weightkit.__version__}", "Accept-Encoding": "identity"}
+            sent = {"User-Agent": f"weightkit/{__version__}", "Accept-Encoding": "identity"}
             sent |= {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span is not None else {}
             sent |= dict(headers()) if at_home else {}
             response = self._get(url, sent)
