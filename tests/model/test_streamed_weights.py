@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from weightkit.checkpoint.tensors import size_bytes, stored_parts
 from weightkit.errors import GenerationError, MissingTensorError, SpaceError
 from weightkit.layouts import open_checkpoint
 from weightkit.model import CheckpointWeights
+from weightkit.model.stores import Resident, Streamed
 from weightkit.transforms import cast, shard
 from weightkit.writer import write
 
@@ -153,6 +156,41 @@ def test_weights_that_every_token_needs_come_first(forms: dict[str, Path]) -> No
         assert weights.bytes_read == before
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_closing_gives_memory_back_at_once(
+    forms: dict[str, Path], stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when cycles are collected: on a GPU the next checkpoint would not fit beside it."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make_noted(*arguments: object) -> torch.Tensor:
+            tensor = make(*arguments)
+            made.append(weakref.ref(tensor))
+            return tensor
+
+        return make_noted
+
+    monkeypatch.setattr(Streamed, "_allocate_device", noted(Streamed._allocate_device))
+    monkeypatch.setattr(Streamed, "_allocate_host", noted(Streamed._allocate_host))
+    monkeypatch.setattr(Resident, "_load", noted(Resident._load))
+    names = experts_of(1, range(4))
+    budgets = {"memory_bytes": 400_000, "host_bytes": 400_000} if stream else {}
+    gc.disable()
+    try:
+        with CheckpointWeights(
+            open_checkpoint(forms["fp8"]), device="cpu", stream=stream, jobs=2, **budgets
+        ) as weights:
+            weights.prefetch(names)
+            for name in names:
+                weights.get(name)
+            assert any(reference() is not None for reference in made)
+        assert [reference() for reference in made if reference() is not None] == []
+        assert (weights.kept_bytes, weights.host_kept_bytes) == (0, 0)
+    finally:
+        gc.enable()
+
+
 def test_missing_and_damaged_weights_are_raised_where_they_are_used(tmp_path: Path) -> None:
     contents = write_tiny(tmp_path / "int4", V3_INT4)
     module = next(name.removesuffix(".qweight") for name in contents if name.endswith(".qweight"))
@@ -205,6 +243,7 @@ import json, resource, sys, threading, time
 from pathlib import Path
 from weightkit.layouts import open_checkpoint
 from weightkit.model import CheckpointWeights
+from weightkit.model.stores import Resident, Streamed
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 path, device_bytes, host_bytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

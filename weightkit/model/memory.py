@@ -81,6 +81,16 @@ class Arena:
         """The first ``count`` bytes of a region, U8."""
         return self._chunks[region.chunk][region.start : region.start + count]
 
+    def release(self) -> None:
+        """Give all memory back, whatever lies in it. Nothing can be taken afterwards.
+
+        At once, not when somebody collects what refers to itself: the next checkpoint may want the memory.
+        """
+        self.size_bytes = self.allocated_bytes = self.used_bytes = 0
+        self._chunks.clear()
+        self._free.clear()
+        self._room.clear()
+
     def _take_from(self, chunk: int, size: int) -> Region | None:
         free = self._free[chunk]
         for place, (start, room) in enumerate(free):

@@ -183,6 +183,8 @@ class Resident:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        for held in (self._kept, self._ahead):
+            held.clear()
 
     def _read_ahead(self) -> None:
         while len(self._ahead) < self._jobs and (queue := self._wanted or self._later):
@@ -327,6 +329,10 @@ class Streamed:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._entries.clear()
+        for shelf in (self._device, self._host):
+            if shelf is not None:
+                shelf.arena.release()
 
     # --- products -----------------------------------------------------------------------------------------------------
 
