@@ -39,8 +39,9 @@ from weightkit.compute.engines import (
 from weightkit.compute.evaluate import evaluate, strips
 from weightkit.errors import DeviceError, ScaleError
 
-#: Less than this is done on a CPU before a GPU is ready; ``auto`` then starts none, and torch need not be imported.
-WORTH_BYTES = 1 << 30
+#: ``auto`` starts no GPU for less: one takes 4 to 5 s to start (torch, CUDA, kernels; measured beside an H200), in
+#: which 16 cores cast 20 GB, and a process ends no sooner than the GPU that it starts.
+WORTH_BYTES = 32 << 30
 #: What the kernels are loaded with: strips as the writer's.
 SAMPLE_BYTES = 8 << 20
 
