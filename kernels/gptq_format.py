@@ -49,7 +49,7 @@ class TileConfig:
             truncates F32 to BF16.
     """
 
-    columns: int = 64
+    columns: int = 32
     words: int = 16
     num_warps: int = 8
     streaming: bool = True
