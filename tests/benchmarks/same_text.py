@@ -3,9 +3,10 @@
     python tests/benchmarks/same_text.py --work /data/work --peers PEERS/inference
 
 Needs a CUDA device. A random checkpoint of full width (1.5 GB) is sharded for one rank by us and by convert.py;
-generate.py says 16 greedy tokens for each of two prompts on either, and ``weightkit generate`` on the FP8 checkpoint
-and on the rank file. Exit 1 unless all are the same. generate.py is run from a copy in which ``apply_chat_template``
-gets ``return_dict=False``, without which it fails on transformers 5.
+generate.py says 16 greedy tokens for each of two prompts on either, and ``weightkit generate --dequantize`` on the FP8
+checkpoint and on the rank file. Exit 1 unless all are the same. Without ``--dequantize`` sums are taken in another
+order, and random weights have close logits: that text is shown, and may part from the others. generate.py is run from
+a copy in which ``apply_chat_template`` gets ``return_dict=False``, without which it fails on transformers 5.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ COMPLETION = re.compile(r"^Completion: (.*?)\s*(?=^Prompt: |\Z)", re.DOTALL | re
 PROMPTS = ("How many bytes has a BF16 value?", "Was ist ein Tensor?")
 EXPERTS = "16"
 TOKENS = ("--max-new-tokens", "16")
+KERNELS = "weightkit generate, products with FP8 weights as stored"
 
 
 def run(*command: str | Path) -> str:
@@ -61,9 +63,14 @@ def answers(work: Path, peers: Path) -> dict[str, list[str]]:
     config = mine / "demo_config.json"
     found = {f"generate.py on {ranks.name}": generate_py(scripts, ranks, config, prompts) for ranks in (theirs, mine)}
     for folder in (source, mine):
-        said = [run("-m", "weightkit", "generate", folder, "--prompt", each, *TOKENS, "--quiet") for each in PROMPTS]
-        found[f"weightkit generate on {folder.name}"] = [text.strip() for text in said]
+        found[f"weightkit generate --dequantize on {folder.name}"] = generate(folder, "--dequantize")
+    found[KERNELS] = generate(source)
     return found
+
+
+def generate(folder: Path, *options: str) -> list[str]:
+    command = ("-m", "weightkit", "generate", folder, *TOKENS, *options, "--quiet", "--prompt")
+    return [run(*command, prompt).strip() for prompt in PROMPTS]
 
 
 def main() -> None:
@@ -79,6 +86,7 @@ def main() -> None:
         shutil.rmtree(work)
     for who, texts in found.items():
         print(f"{who}: {texts!a}")
+    del found[KERNELS]
     first = next(iter(found.values()))
     same = len(first) == len(PROMPTS) and all(texts == first for texts in found.values())
     print("the same text" if same else "DIFFERENT text")

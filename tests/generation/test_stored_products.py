@@ -14,7 +14,10 @@ from tiny import V3, V3_INT4, write_tiny
 from weightkit.errors import SpaceError
 from weightkit.generation import Runtime
 from weightkit.generation.memory import grouped_bytes
+from weightkit.layouts import open_checkpoint
 from weightkit.model.products import Products
+from weightkit.transforms import cast
+from weightkit.writer import write
 
 PROMPTS = [[3, 9, 27, 40], [5, 6]]
 
@@ -52,6 +55,30 @@ def test_tokens_do_not_depend_on_memory(path: Path) -> None:
             assert runtime.weights.is_streamed == (memory_bytes is not None)
         found.append((alone, together))
     assert all(tokens == found[0] for tokens in found[1:])
+
+
+def test_dequantize_refuses_the_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = PlainKernels()
+    monkeypatch.setattr(Products, "of", lambda *_: Products(kernels, kernels))
+    found = {}
+    for dequantize in (False, True):
+        with Runtime(path, device="cpu", dtype="bf16", dequantize=dequantize) as runtime:
+            assert runtime.weights.multiplies_stored is not dequantize
+            found[dequantize] = runtime.prefill(PROMPTS[0], runtime.model.new_cache())
+    monkeypatch.undo()
+    with Runtime(path, device="cpu", dtype="bf16") as runtime:
+        assert torch.equal(found[True], runtime.prefill(PROMPTS[0], runtime.model.new_cache()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_dequantized_logits_are_those_of_the_cast(path: Path, tmp_path: Path) -> None:
+    write(cast(open_checkpoint(path), "bf16"), tmp_path / "bf16", device="cpu", progress=False)
+    found = []
+    for source in (path, tmp_path / "bf16"):
+        with Runtime(source, device="cuda", dequantize=True) as runtime:
+            found.append(runtime.prefill(PROMPTS[0], runtime.model.new_cache()).cpu())
+    assert torch.equal(*found)
 
 
 def test_what_all_weights_need_is_what_they_take_as_stored(path: Path) -> None:

@@ -46,6 +46,12 @@ if TYPE_CHECKING:
     "--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="To compute in.  [default: bf16; f32 on a CPU]"
 )
 @click.option(
+    "--dequantize",
+    is_flag=True,
+    help="Multiply with FP8 and int4 weights after dequantizing them on a GPU too, as published code does: slower, and "
+    "sums in its order.",
+)
+@click.option(
     "--stream/--no-stream",
     default=None,
     help="Read weights from disk as they are needed; or fail where they do not all fit.  [default: where they do not]",

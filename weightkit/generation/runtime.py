@@ -211,7 +211,7 @@ class Runtime:
 
     Args:
         source: a path in any layout, or an opened checkpoint.
-        device, dtype, memory_bytes, host_bytes, stream, jobs: see ``CheckpointWeights``.
+        device, dtype, memory_bytes, host_bytes, stream, jobs, dequantize: see ``CheckpointWeights``.
         gpu_memory: all that may be used of a GPU; what tokens take is set aside from it before a first weight is read,
             the rest is for weights. Not for a CPU, and not where ``memory_bytes`` is named.
         host_memory: the same of host memory: on a CPU for all, beside a GPU for weights and what reads them.
@@ -242,6 +242,7 @@ class Runtime:
         host_memory: int | None = None,
         stream: bool | None = None,
         jobs: int | None = None,
+        dequantize: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -256,6 +257,7 @@ class Runtime:
             host_bytes=host_bytes,
             stream=stream,
             jobs=jobs,
+            dequantize=dequantize,
             share=None if self.ranks.size == 1 else partial(rank_share, rank=self.ranks.rank, mp=self.ranks.size),
         )
         self.model = Model(self.weights.arch, self.weights, parallel=Parallel(self.ranks))
@@ -632,6 +634,7 @@ def generate(
     host_memory: int | None = None,
     stream: bool | None = None,
     jobs: int | None = None,
+    dequantize: bool = False,
     **options: Any,
 ) -> Generation:
     """Generate once from a checkpoint in any layout. For several prompts, open a ``Runtime``.
@@ -639,7 +642,7 @@ def generate(
     Args:
         source: a path or an opened checkpoint.
         prompt: text, token ids, or a conversation.
-        device, dtype, memory_bytes, gpu_memory, host_memory, stream, jobs: see ``Runtime``.
+        device, dtype, memory_bytes, gpu_memory, host_memory, stream, jobs, dequantize: see ``Runtime``.
         options: those of ``Runtime.stream``: ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``chat``,
             ``template_variables``, ``progress``.
 
@@ -655,6 +658,7 @@ def generate(
         host_memory=host_memory,
         stream=stream,
         jobs=jobs,
+        dequantize=dequantize,
     ) as runtime:
         return runtime.generate(prompt, **options)
 

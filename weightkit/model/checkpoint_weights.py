@@ -96,6 +96,7 @@ class CheckpointWeights:
         stream: whether weights are read as they are needed although all would fit, or must not be where they do not;
             None: only if they do not fit.
         jobs: weights read at once.
+        dequantize: multiply with dequantized weights on a GPU too.
         share: of the tensors, dequantized but not read, those and those parts that this process needs, such as
             ``rank_share`` cuts; None for all.
 
@@ -122,15 +123,15 @@ class CheckpointWeights:
         host_bytes: int | None = None,
         stream: bool | None = None,
         jobs: int | None = None,
+        dequantize: bool = False,
         share: Callable[[Checkpoint], Checkpoint] | None = None,
     ) -> None:
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise GenerationError("unknown dtype", where="dtype", expected=", ".join(FLOAT_DTYPES), found=repr(dtype))
         self.arch = Architecture.from_config(checkpoint.config, where=f"the config of {checkpoint.root}")
         self._engine = choose_engine(device)
-        on_cpu = (
-            self._engine.name == "cpu"
-        )  # the index is named, because readers' threads have a current device of theirs
+        on_cpu = self._engine.name == "cpu"
+        # the index is named, because readers' threads have a current device of theirs
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         stored = {name: short for short, name in FLOAT_DTYPES.items()}[self.arch.dtype]
         self.dtype = torch_dtype(FLOAT_DTYPES[dtype or ("f32" if self.device.type == "cpu" else stored)])
@@ -138,7 +139,7 @@ class CheckpointWeights:
         self._checkpoint = whole if share is None else share(whole)
         self._memory_bytes, self._host_bytes, self._stream = memory_bytes, host_bytes, stream
         self._jobs = jobs
-        self.products = Products.of(self.device, self.dtype)
+        self.products = None if dequantize else Products.of(self.device, self.dtype)
 
     def __enter__(self) -> CheckpointWeights:
         return self
