@@ -31,6 +31,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "cluster")]
 
 import clusters  # noqa: E402
 from full_width import write_checkpoint  # noqa: E402
+from measured import set_cache  # noqa: E402
 from sparse import write_known  # noqa: E402
 from tiny import write_tiny  # noqa: E402
 
@@ -47,18 +48,6 @@ WORKERS = (1, 2, 4)
 #: An expert's three matrices at the real width, in FP8.
 EXPERT_BYTES = 3 * 7168 * 2048
 OTHER_BYTES = 830_000_000
-
-
-def set_cache(folder: Path, cache: str) -> None:
-    buffer = bytearray(8 << 20)
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            if cache == "cold":
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
-                while file.readinto(buffer):
-                    pass
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from full_width import write_checkpoint
+from measured import set_cache
 
 from weightkit import manifests
 from weightkit.checkpoint.direct import DirectReader, measure_read_rate
@@ -84,7 +85,7 @@ class Watched(Runtime):
 
 def run(name: str, path: Path, args: argparse.Namespace, **budgets: int | bool) -> Row:
     """Generate in one way, from cold files."""
-    forget(path)
+    set_cache(path, "cold")
     prompts = [list(range(40 + 7 * n, 40 + 7 * n + args.prompt_tokens + n)) for n in range(args.prompts)]
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     if on_gpu:
@@ -100,15 +101,6 @@ def run(name: str, path: Path, args: argparse.Namespace, **budgets: int | bool) 
         together = several.generate_many(prompts, max_new_tokens=args.new_tokens)
         peak = torch.cuda.max_memory_allocated() if on_gpu else max(kept, several.weights.kept_bytes)
     return Row(name, alone, together, runtime.prompt_bytes, token_bytes, peak)
-
-
-def forget(path: Path) -> None:
-    """Drop the files from the page cache."""
-    for file in weight_files(path):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 def weight_files(path: Path) -> dict[str, int]:
@@ -203,7 +195,7 @@ def main() -> None:
     low = {"gpu_memory": args.gpu_memory, "host_memory": args.host_memory, "jobs": args.jobs}
     name = f"{human_bytes(args.gpu_memory)} GPU, {human_bytes(args.host_memory)} host"
     rows.append(run(name if device != "cpu" else f"{human_bytes(args.host_memory)}", args.dir, args, **low))
-    forget(args.dir)
+    set_cache(args.dir, "cold")
     whole, places = read_all(args.dir, args.jobs), measure_read_rate(weight_files(args.dir), jobs=args.jobs)
     print(
         "| memory | prompt reads | s | GB/s | a token reads | s | experts on the device + host | most on the device |"
