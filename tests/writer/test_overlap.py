@@ -18,6 +18,7 @@ from weightkit.compute import CpuEngine, Engine, Started
 from weightkit.compute.engines import Scales
 from weightkit.errors import DeviceError
 from weightkit.layouts import lay_out_published
+from weightkit.layouts.ranks import lay_out_ranks
 from weightkit.transforms import cast_to_fp8
 from weightkit.writer import execute, files, make_plan, stream
 from weightkit.writer import pieces as cutting
@@ -51,6 +52,13 @@ class Device(CpuEngine):
         started = self.defer(codes)
         return started, Deferred(self, None, scales.reshape(-1).view(np.uint8))
 
+    def result(self, data: Bytes) -> Bytes:
+        """In the scratch that holds what is computed at once, as a GPU's results do."""
+        for purpose in ("dequantized", "quantized"):
+            out = self.buffer(purpose, len(data))
+            out[:] = data
+        return out
+
     def defer(self, data: Bytes) -> Deferred:
         number = sum(event.startswith("start") for event in self.events)
         self.events.append(f"start {number}")
@@ -65,7 +73,7 @@ class Deferred:
 
     def bytes(self) -> Bytes:
         self.land()
-        return self.data
+        return self.device.result(self.data)
 
     def copy_to(self, start: int, out: Bytes) -> None:
         self.land()
@@ -144,6 +152,17 @@ def test_same_bytes_whenever_the_device_takes_over(to: str, cpu_first: int, sour
     assert landed == [f"land {number}" for number in range(len(landed))]
     assert device.pinned == device.undone
     assert (device.pinned > 0) == (to != "f16")  # whose values are looked at first
+
+
+def test_what_is_there_already_outlives_what_was_begun_before_it(source: Path, tmp_path: Path) -> None:
+    """Values of F16 are looked at in the scratch in which those of ranks' parts that cut blocks lie."""
+    fileset = lay_out_ranks(wk.cast(wk.open_checkpoint(source), "f16"), 8)
+    made = []
+    for engine in (CpuEngine(), Device()):
+        target = tmp_path / type(engine).__name__
+        execute(make_plan(fileset, target), engine=engine, jobs=1, progress=False)
+        made.append(tree(target))
+    assert made[0] == made[1]
 
 
 def begun_at_once(events: list[str]) -> list[int]:

@@ -128,6 +128,8 @@ class FileWriter:
                 yield piece, None
                 continue
             started = start(piece.strip, self._reader, self._engine.now(), kept)
+            if started.is_here and any(may_leave_range(earlier) for earlier, _ in waiting):
+                started = Here(started.bytes().copy())  # those before it come into the same scratch, to be looked at
             waiting.append((piece, started))
             while len(waiting) > (0 if started.is_here else self._ahead):
                 yield waiting.popleft()
