@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_a_file_that_ends_within_a_run(matrix: tuple[Stored, np.ndarray], tmp_pa
     part = narrow(Stored(str(path), OFFSET, "F8_E4M3", stored.shape), 1, 512, 512)
     with Reader() as reader, pytest.raises(FormatError, match="cut: the file ends early: expected 324 more bytes"):
         reader.read(part)
+
+
+def test_a_disk_that_fails_within_the_runs(matrix: tuple[Stored, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(file: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with Reader() as reader, pytest.raises(FormatError, match=r"matrix: cannot be read \(Input/output error\)"):
+        reader.read(narrow(matrix[0], 1, 512, 512))
 
 
 def test_ahead_of_short_runs_the_kernel_fetches_what_holds_them(

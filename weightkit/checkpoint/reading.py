@@ -164,11 +164,14 @@ class Reader:
     def _read_runs(self, copy: Copy, out: Bytes) -> None:
         """Read each run by itself. They may be short and many: then this loop is what they cost."""
         file, view, run_bytes, read = self._open(copy.path), out.data, copy.run_bytes, os.preadv
-        for first, last in self._stretches(copy):
-            for row in range(first, last):
-                start, offset = row * copy.out_stride, copy.offset + row * copy.stride
-                if read(file, (view[start : start + run_bytes],), offset) != run_bytes:
-                    self.read_range(copy.path, offset, out[start : start + run_bytes])  # says what is wrong
+        try:
+            for first, last in self._stretches(copy):
+                for row in range(first, last):
+                    start, offset = row * copy.out_stride, copy.offset + row * copy.stride
+                    if read(file, (view[start : start + run_bytes],), offset) != run_bytes:
+                        self.read_range(copy.path, offset, out[start : start + run_bytes])  # says what is wrong
+        except OSError as exc:
+            raise _unreadable(copy.path, exc) from exc
         with self._lock:
             self.bytes_read += copy.rows * run_bytes
 
