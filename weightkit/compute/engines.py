@@ -287,7 +287,8 @@ class _OnDevice:
         self._lane, self._values, self._ready = lane, values.view(-1).view(torch.uint8), ready
 
     def bytes(self) -> Bytes:
-        out = self._lane.result("result", self._values.numel())
+        with cuda_errors(self._lane.device):
+            out = self._lane.result("result", self._values.numel())
         self.copy_to(0, out)
         return out
 
