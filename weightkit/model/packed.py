@@ -55,11 +55,6 @@ class Packed:
         for name, value in (("parts", parts), ("starts", tuple(starts)), ("size_bytes", end), ("form", form)):
             object.__setattr__(self, name, value)
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of files that reading it takes."""
-        return sum(map(size_bytes, stored_parts(self.lazy)))
-
     def read(self, out: Bytes, loader: Loader) -> None:
         """Read the weight into ``out`` [size_bytes]. Any thread may.
 
