@@ -58,30 +58,46 @@ def group() -> None:
 def main(args: list[str] | None = None) -> NoReturn:
     """Run a command line and exit."""
     signal.signal(signal.SIGTERM, _stop)
-    arguments = sys.argv[1:] if args is None else args
+    try:
+        code = _run(sys.argv[1:] if args is None else args)
+    finally:
+        _leave_to_signals()
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code, once all is said. Raises a failure itself under ``--debug``."""
     try:
         code = group.main(arguments, prog_name="weightkit", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as exc:
-        sys.exit(exc.exit_code)
+        return exc.exit_code
     except click.ClickException as exc:
         exc.show()
-        sys.exit(exc.exit_code)
+        return exc.exit_code
     except (KeyboardInterrupt, click.Abort, Interrupted) as exc:
         _say(str(exc) or "Stopped.", arguments)
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone: nothing to say, and nobody to say it to
-        sys.exit(1)
+        return 1
     except Exception as exc:
         if "--debug" in arguments:
             raise
         _say(_message(exc), arguments, exc)
-        sys.exit(1)
+        return 1
 
 
 def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _leave_to_signals() -> None:
+    """From now on signals end the process at once: Python waits at its exit for threads, a GPU's start among them, and
+    would answer with a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _message(error: Exception) -> str:
