@@ -10,7 +10,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -307,6 +307,7 @@ class _OnDevice:
         address, runtime = memory.ctypes.data, torch.cuda.cudart()
         with torch.cuda.device(self._lane.device):
             if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) != 0:
+                _forget_error(self._lane.device)
                 return lambda: None  # the driver then copies by way of pinned memory of its own
         return lambda: runtime.cudaHostUnregister(address)
 
@@ -393,11 +394,22 @@ class CudaEngine:
         return lane
 
 
-def _upload(array: npt.NDArray[np.generic], lane: _Lane) -> torch.Tensor:
-    """On the current stream; of memory that is not pinned CUDA keeps a copy before this returns."""
+def _forget_error(device: torch.device) -> None:
+    """Clear CUDA's last error of this thread, which the next kernel of torch's would be blamed for. torch has no call
+    for it, and asks for the error, which clears it, after each launch."""
     import torch
 
-    return torch.from_numpy(array).to(lane.device, non_blocking=True)
+    with suppress(RuntimeError):
+        torch.empty(1, device=device).fill_(1)
+
+
+def _upload(array: npt.NDArray[np.generic], lane: _Lane) -> torch.Tensor:
+    """On the current stream. Pinned memory, the slot's, is read until the slot's event; any other, such as scales out
+    of a reader's array, is the caller's again when this returns, since it is waited for."""
+    import torch
+
+    here = torch.from_numpy(array)
+    return here.to(lane.device, non_blocking=here.is_pinned())
 
 
 def _started(lane: _Lane, *made: torch.Tensor) -> list[Started]:
@@ -419,15 +431,25 @@ def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 @contextmanager
 def cuda_errors(device: object) -> Iterator[None]:
-    """Say as a ``DeviceError`` what CUDA says of a device."""
-    import torch
-
-    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    """Say as a ``DeviceError`` what CUDA or Triton says of a device."""
     try:
         yield
-    except kinds as exc:
+    except Exception as exc:
+        if not _is_devices(exc):
+            raise
         first = str(exc).partition("\n")[0]
         raise DeviceError("the GPU failed", where=device, found=first, fix="Use --device cpu.") from exc
+
+
+def _is_devices(error: Exception) -> bool:
+    """Whether a device's failure: torch has classes for some, which older ones lack; Triton launches by code of its
+    own, which raises plain ``RuntimeError``, and refuses what a device has no room for by classes of its own."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
+        return True
+    named = isinstance(error, RuntimeError) and any(name in str(error) for name in ("CUDA", "Triton"))
+    return named or type(error).__name__ == "OutOfResources"
 
 
 def no_device() -> DeviceError:
