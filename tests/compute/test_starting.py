@@ -14,7 +14,7 @@ import torch
 from tiny import V3, V3_INT4, write_tiny
 
 import weightkit as wk
-from weightkit.checkpoint.tensors import Cast, Dequantized, LazyTensor, Stored, size_bytes
+from weightkit.checkpoint.tensors import BlockQuantized, Cast, Dequantized, LazyTensor, Stored, size_bytes
 from weightkit.compute import CpuEngine, Engine, StartingEngine, evaluate, start_engine, starting
 from weightkit.errors import DeviceError
 from weightkit.layouts import lay_out_published
@@ -139,6 +139,17 @@ def test_samples_can_be_computed(kind: str, tmp_path: Path) -> None:
     assert 1 <= len(samples) <= 12
     for sample in samples:
         assert len(evaluate(sample, starting._Zeros(), CpuEngine())) == size_bytes(sample)
+
+
+@pytest.mark.parametrize("first", ["codes", "scales"])
+def test_codes_and_their_scales_are_of_one_kind(first: str) -> None:
+    source = Stored("a", 0, "BF16", (2048, 2048))
+    made = [
+        BlockQuantized(source, scales=scales, power_of_two=False) for scales in (first == "scales", first != "scales")
+    ]
+    other = BlockQuantized(source, scales=False, power_of_two=True)
+    assert len(starting._samples(made)) == 1
+    assert len(starting._samples([*made, other])) == 2
 
 
 def test_an_exit_waits_for_no_more_than_a_step() -> None:

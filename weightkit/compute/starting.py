@@ -202,9 +202,10 @@ def _samples(tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
 
 
 def _kind(tensor: LazyTensor) -> object:
-    """What computing it takes: its class, its dtype, and the same of what it is made from."""
-    scales = isinstance(tensor, BlockQuantized) and tensor.scales
-    return type(tensor).__name__, tensor.dtype, scales, *map(_kind, _made_from(tensor))
+    """What computing it takes: its class, its dtype, and the same of what it is made from. One kernel makes codes and
+    their scales."""
+    made = tensor.power_of_two if isinstance(tensor, BlockQuantized) else tensor.dtype
+    return type(tensor).__name__, made, *map(_kind, _made_from(tensor))
 
 
 def _made_from(tensor: LazyTensor) -> tuple[LazyTensor, ...]:
