@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -168,13 +169,11 @@ class Conversion:
             click.echo(json.dumps(summary.to_json()) if self.as_json else summary.render())
         if self.dry_run:
             return
-        engine, executor = None, self._executor()
-        if executor is None and (computed := plan.computed):
-            engine = start_engine(self.device, computed)  # type: ignore[arg-type]
+        executor = self._executor()
         written = execute(
             plan,
             jobs=self.jobs,
-            engine=engine,
+            engine=partial(start_engine, self.device) if executor is None else None,  # type: ignore[arg-type]
             executor=executor,
             progress=not self.quiet,
             force=self.force,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from weightkit.checkpoint import Checkpoint
@@ -38,12 +39,10 @@ def write(
     Raises: as ``execute`` and ``make_plan``.
     """
     plan = make_plan(lay_out_published(what) if isinstance(what, Checkpoint) else what, target)
-    computed = plan.computed
-    engine = start_engine(device, computed) if computed and executor is None else None
     return execute(
         plan,
         jobs=jobs,
-        engine=engine,
+        engine=partial(start_engine, device) if executor is None else None,
         executor=executor,
         progress=progress,
         force=force,

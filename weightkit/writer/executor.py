@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.checkpoint.reading import SCRATCH_BYTES
-from weightkit.checkpoint.tensors import BlockQuantized, Stored, size_bytes
+from weightkit.checkpoint.tensors import BlockQuantized, LazyTensor, Stored, size_bytes
 from weightkit.compute import CpuEngine, EngineSupply, StartingEngine, strip_bytes
 from weightkit.compute.engines import SLOTS
 from weightkit.compute.evaluate import STRIP_ROWS
@@ -122,6 +122,10 @@ def _largest_strip(plan: Plan) -> int:
     )
 
 
+#: Starts an engine for the tensors that are to be computed, as ``weightkit.compute.start_engine`` does.
+EngineStart = Callable[[Sequence[LazyTensor]], EngineSupply]
+
+
 class Executor(Protocol):
     """Who fills the files of a plan."""
 
@@ -167,7 +171,7 @@ def execute(
     plan: Plan,
     *,
     jobs: int | None = None,
-    engine: EngineSupply | None = None,
+    engine: EngineSupply | EngineStart | None = None,
     executor: Executor | None = None,
     progress: bool = True,
     force: bool = False,
@@ -178,7 +182,8 @@ def execute(
     Args:
         plan: from ``make_plan``.
         jobs: files in work at once; default ``default_jobs()``. Not asked with an ``executor``.
-        engine: where tensors are computed in this process; default the CPU.
+        engine: where tensors are computed in this process, or what starts it once it is known which of them are left;
+            default the CPU.
         executor: who fills the files; default ``LocalExecutor(jobs)``. The bytes do not depend on it.
         progress: show a bar.
         force: replace what an earlier write left in the target.
@@ -188,6 +193,7 @@ def execute(
 
     Raises:
         TargetError, SpaceError, PlanError: before anything is written.
+        DeviceError: the engine cannot be started, before anything is written; or it fails on the way.
         SourceChangedError, FormatError: a source file is not what it was, or ends early.
         ChecksumError, HubError: of a remote source; its content is not what is recorded, or it cannot be had.
         SpaceError, WriteError: on the way, of a full or failing disk; the next run continues.
@@ -230,7 +236,7 @@ def execute(
 def open_run(
     plan: Plan,
     *,
-    engine: EngineSupply | None,
+    engine: EngineSupply | EngineStart | None,
     progress: bool,
     force: bool,
     promises: Promises | None = None,
@@ -241,25 +247,51 @@ def open_run(
     None where another run has completed the plan meanwhile. Raises as ``execute``.
     """
     target = plan.target
-    with disk_errors(target):
-        target.mkdir(parents=True, exist_ok=True)
-        with only_writer(target) as hold:
-            state = inspect_target(plan, force=force)  # others may have written until now
-            if state.complete:
-                yield None
-                return
-            if force:
-                clear_target(target)
-            bar = ProgressBar(plan.bytes_written, target.name, shown=progress, parts=len(plan.files))
-            sources = SourceRecord(target)
-            if isinstance(engine, StartingEngine):
-                engine.tell(bar.tell)
-            with _reader(plan, sourcing, state.files, sources, bar.tell) as reader, bar:
-                run = Run(plan, reader, engine or CpuEngine(), bar, dict(state.files), hold, promises, sources)
-                try:
-                    yield run
-                finally:
-                    run.journal.close()
+    with disk_errors(target), _made(target), only_writer(target) as hold:
+        state = inspect_target(plan, force=force)  # others may have written until now
+        if state.complete:
+            yield None
+            return
+        supply = _supply(engine, plan, state.files)
+        if force:
+            clear_target(target)
+        bar = ProgressBar(plan.bytes_written, target.name, shown=progress, parts=len(plan.files))
+        sources = SourceRecord(target)
+        if isinstance(supply, StartingEngine):
+            supply.tell(bar.tell)
+        with _reader(plan, sourcing, state.files, sources, bar.tell) as reader, bar:
+            run = Run(plan, reader, supply, bar, dict(state.files), hold, promises, sources)
+            try:
+                yield run
+            finally:
+                run.journal.close()
+
+
+@contextmanager
+def _made(target: Path) -> Iterator[None]:
+    """The folder, made where it is not there; taken away again where nothing came into it."""
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty
+                target.rmdir()
+
+
+def _supply(engine: EngineSupply | EngineStart | None, plan: Plan, files: Mapping[str, Progress]) -> EngineSupply:
+    """The engine, which is started only for tensors that are left to compute."""
+    if engine is not None and not callable(engine):
+        return engine
+    left = [file for file in plan.files if not _is_done(plan, file, files.get(file.name))]
+    computed = [tensor for file in left for tensor in file.computed]
+    return engine(computed) if engine is not None and computed else CpuEngine()
+
+
+def _is_done(plan: Plan, file: PlannedFile, before: Progress | None) -> bool:
+    final = plan.target / file.name
+    return before is not None and before.done and final.exists() and final.stat().st_size == file.size_bytes
 
 
 def _reader(
@@ -371,8 +403,7 @@ class Run:
 
     def is_done(self, file: PlannedFile) -> bool:
         """Whether an earlier run, or this one, has put the file in its place."""
-        before, final = self.history.get(file.name), self.plan.target / file.name
-        return before is not None and before.done and final.exists() and final.stat().st_size == file.size_bytes
+        return _is_done(self.plan, file, self.history.get(file.name))
 
     def record(self, file: PlannedFile, progress: Progress) -> None:
         """Journal how far a file is."""

@@ -45,6 +45,11 @@ class PlannedFile:
     header: bytes
     size_bytes: int
 
+    @property
+    def computed(self) -> list[LazyTensor]:
+        """The tensors that are converted; the rest is copied."""
+        return [tensor for tensor in self.tensors.values() if not is_plain(tensor)]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,7 +88,7 @@ class Plan:
     @property
     def computed(self) -> list[LazyTensor]:
         """The tensors that are converted; the rest is copied."""
-        return [tensor for file in self.files for tensor in file.tensors.values() if not is_plain(tensor)]
+        return [tensor for file in self.files for tensor in file.computed]
 
     @property
     def computed_tensors(self) -> int:
