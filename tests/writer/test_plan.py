@@ -186,3 +186,24 @@ def test_peak_memory_knows_the_widest_rows(tmp_path: Path) -> None:
     assert peak_memory_bytes(plan, 1) > 128 * 1_000_000 * 4
     copied = make_plan(one_file(tmp_path, files={"x.safetensors": {"w": source}}), tmp_path / "out")
     assert peak_memory_bytes(copied, 1) < 64 << 20
+
+
+def test_peak_memory_counts_the_parts_that_are_joined(tmp_path: Path) -> None:
+    """Weight, result, copies of the parts, and the whole: what a strip of a computed Concat takes at most."""
+    from weightkit.checkpoint.tensors import BlockQuantized, Cast, Concat, LazyTensor, dequantize
+
+    path = str(tmp_path / "source/x")
+    parts = [
+        dequantize(Stored(path, at, "F8_E4M3", (128, 128)), Stored(path, at, "F32", (1, 1)), "BF16", name="w")
+        for at in (0, 1 << 20)
+    ]
+    joined, strip = Concat(tuple(parts), 1), 8 << 20
+
+    def peak(tensor: LazyTensor) -> int:
+        return peak_memory_bytes(make_plan(one_file(tmp_path, files={"x": {"w": tensor}}), tmp_path / "out"), 1)
+
+    assert peak(joined) == peak(Cast(joined, "F32")) == peak(parts[0]) + strip
+    quantized = [BlockQuantized(source, scales=False, power_of_two=False) for source in (parts[0], joined)]
+    assert peak(quantized[1]) == peak(quantized[0]) + 2 * strip  # BF16 is two bytes for each of FP8
+    plain = Concat((Stored(path, 0, "BF16", (128, 128)), Stored(path, 1 << 20, "BF16", (128, 128))), 1)
+    assert peak(Cast(plain, "F32")) == peak(parts[0])

@@ -22,7 +22,16 @@ from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.checkpoint.reading import SCRATCH_BYTES
-from weightkit.checkpoint.tensors import BlockQuantized, LazyTensor, Stored, size_bytes
+from weightkit.checkpoint.tensors import (
+    BlockQuantized,
+    Cast,
+    Concat,
+    LazyTensor,
+    Narrow,
+    Stored,
+    is_plain,
+    size_bytes,
+)
 from weightkit.compute import CpuEngine, EngineSupply, StartingEngine, strip_bytes
 from weightkit.compute.engines import SLOTS
 from weightkit.compute.evaluate import STRIP_ROWS
@@ -101,9 +110,22 @@ def peak_memory_bytes(plan: Plan, jobs: int) -> int:
 
 
 def _computing(plan: Plan) -> int:
-    """What computing a strip takes, in strips: its sources, two sets of them on a GPU, and where it is put together."""
-    widest = max((itemsize(each.source.dtype) for each in plan.computed if isinstance(each, BlockQuantized)), default=0)
-    return 1 + SLOTS * widest if widest else 2 * bool(plan.computed)
+    """What computing a strip takes, in strips: its sources, two sets of them on a GPU, and where it is put together;
+    parts that are computed to be joined or cut are held beside the whole."""
+    computed = plan.computed
+    widest = max((itemsize(each.source.dtype) for each in computed if isinstance(each, BlockQuantized)), default=0)
+    beside = any(map(_is_gathered, computed))
+    return 1 + (SLOTS + beside) * widest if widest else (2 + beside) * bool(computed)
+
+
+def _is_gathered(tensor: LazyTensor) -> bool:
+    """Whether it is joined of, or cut from, what is computed."""
+    match tensor:
+        case Narrow() | Concat():
+            return not is_plain(tensor)
+        case Cast(source=source) | BlockQuantized(source=source):
+            return _is_gathered(source)
+    return False
 
 
 def _largest_strip(plan: Plan) -> int:
