@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from weightkit.checkpoint import Reader, Stored
+from weightkit.checkpoint.direct import PIECE_BYTES, DirectReader
 from weightkit.checkpoint.reading import COVERING_BYTES, SCRATCH_BYTES
 from weightkit.checkpoint.tensors import narrow, size_bytes
 from weightkit.errors import FormatError
@@ -57,6 +58,51 @@ def test_reads_are_bounded(
     if share > 1:
         assert max(sizes) <= COVERING_BYTES
         assert len(sizes) <= 2 + ROWS * COLUMNS // COVERING_BYTES + ROWS * COLUMNS // SCRATCH_BYTES
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, 7168])
+def test_past_the_page_cache_reads_are_large(
+    columns: int, matrix: tuple[Stored, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As few as may be, also of rows that a piece does not hold a whole number of."""
+    stored, values = matrix
+    rows, width = ROWS * COLUMNS // columns, columns // 2
+    part = narrow(Stored(stored.path, OFFSET, "F8_E4M3", (rows, columns)), 1, width, width)
+    sizes: list[int] = []
+    preadv = os.preadv
+
+    def counted(file: int, buffers: list[memoryview], offset: int) -> int:
+        count = preadv(file, buffers, offset)
+        sizes.append(count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    with DirectReader() as reader:
+        found = reader.read(part)
+    whole = values.reshape(-1)[: rows * columns].reshape(rows, columns)
+    assert np.array_equal(found.reshape(rows, width), whole[:, width:])
+    assert len(sizes) == 2
+    assert max(sizes) > PIECE_BYTES - 3 * columns
+
+
+def test_a_run_that_came_in_two_reads_is_counted_once(
+    matrix: tuple[Stored, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, values = matrix
+    preadv, seen = os.preadv, []
+
+    def interrupted(file: int, buffers: list[memoryview], offset: int) -> int:
+        seen.append(offset)
+        if len(seen) == 3:
+            buffers = [buffers[0][:100]]
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", interrupted)
+    part = narrow(stored, 1, 512, 512)
+    with Reader() as reader:
+        assert np.array_equal(reader.read(part).reshape(ROWS, 512), values[:, 512:1024])
+        assert reader.bytes_read == size_bytes(part)
+    assert len(seen) == ROWS + 1
 
 
 def test_a_file_that_ends_within_a_run(matrix: tuple[Stored, np.ndarray], tmp_path: Path) -> None:

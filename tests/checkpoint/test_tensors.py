@@ -149,7 +149,7 @@ def test_reads_do_not_depend_on_how_runs_are_covered(
     pool.save()
     with pytest.MonkeyPatch.context() as patch, Reader() as reader:
         patch.setattr(reading, "SCRATCH_BYTES", scratch)
-        patch.setattr(reading, "COVERING_BYTES", covering)
+        patch.setattr(reading.Reader, "covering_bytes", covering)
         patch.setattr(reading, "DENSE", dense)
         assert reader.read(tensor).tobytes() == array.tobytes()
 

@@ -34,6 +34,9 @@ class DirectReader(Reader):
     Where the file system has no such reads, it reads as others do and tells the kernel to forget the pages.
     """
 
+    #: The disk is what such a reader waits for: one large read, wherever it begins within a block.
+    covering_bytes = PIECE_BYTES - ALIGNMENT
+
     def __init__(self, stamps: Mapping[str, Stamp] | None = None) -> None:
         super().__init__(stamps)
         self._direct: dict[str, int | None] = {}

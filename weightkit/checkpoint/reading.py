@@ -43,7 +43,10 @@ class Reader:
 
     Attributes:
         bytes_read: by all reads, gaps between runs included.
+        covering_bytes: most of a local file in one read of runs and the gaps between them.
     """
+
+    covering_bytes = COVERING_BYTES
 
     def __init__(
         self,
@@ -150,9 +153,9 @@ class Reader:
 
     def _read_covering(self, copy: Copy, rows: Bytes) -> None:
         """Read runs and the gaps between them in large pieces; keep the runs."""
-        at_once = max(1, (SCRATCH_BYTES if is_address(copy.path) else COVERING_BYTES) // copy.stride)
+        at_once = max(1, (SCRATCH_BYTES if is_address(copy.path) else self.covering_bytes) // copy.stride)
         scratch = self._scratch_of((at_once - 1) * copy.stride + copy.run_bytes)
-        for first, last in self._stretches(copy):
+        for first, last in self._stretches(copy, at_once):
             for row in range(first, last, at_once):
                 count = min(at_once, last - row)
                 covering = scratch[: (count - 1) * copy.stride + copy.run_bytes]
@@ -164,20 +167,23 @@ class Reader:
     def _read_runs(self, copy: Copy, out: Bytes) -> None:
         """Read each run by itself. They may be short and many: then this loop is what they cost."""
         file, view, run_bytes, read = self._open(copy.path), out.data, copy.run_bytes, os.preadv
+        whole = copy.rows
         try:
             for first, last in self._stretches(copy):
                 for row in range(first, last):
                     start, offset = row * copy.out_stride, copy.offset + row * copy.stride
                     if read(file, (view[start : start + run_bytes],), offset) != run_bytes:
                         self.read_range(copy.path, offset, out[start : start + run_bytes])  # says what is wrong
+                        whole -= 1  # as it counts what it reads
         except OSError as exc:
             raise _unreadable(copy.path, exc) from exc
         with self._lock:
-            self.bytes_read += copy.rows * run_bytes
+            self.bytes_read += whole * run_bytes
 
-    def _stretches(self, copy: Copy) -> Iterator[tuple[int, int]]:
-        """Rows from and to, of some megabytes of the file; it is told to fetch all of them, and more, before that."""
-        rows = max(1, SCRATCH_BYTES // copy.stride)
+    def _stretches(self, copy: Copy, at_once: int = 1) -> Iterator[tuple[int, int]]:
+        """Rows from and to, of some megabytes of the file, a multiple of ``at_once`` but for the last; it is told to
+        fetch all of them, and more, before that."""
+        rows = max(1, SCRATCH_BYTES // copy.stride // at_once) * at_once
         for first in range(0, copy.rows, rows):
             if copy.rows * copy.stride >= LARGE_BYTES:
                 self._announce(copy.path, copy.offset + first * copy.stride)
