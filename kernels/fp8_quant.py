@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from weightkit.errors import PlanError
+from weightkit.kernels.gemm_plan import on_device
 
 BLOCK = 128
 LARGEST = 448.0
@@ -286,14 +287,16 @@ def quantize(
     Args:
         values: BF16, F16 or F32 [M, N], contiguous.
         power_of_two: scales are powers of two.
-        out: where to put codes and scales.
+        out: where to put codes and scales, contiguous, on the same device.
 
-    Returns: codes U8 [M, N] and scales F32 [ceil(M / 128), ceil(N / 128)].
+    Returns: codes U8 [M, N] and scales F32 [ceil(M / 128), ceil(N / 128)], on the current stream of their device.
 
     Raises:
-        PlanError: another dtype or number of dimensions.
+        PlanError: another dtype or number of dimensions; values that are not contiguous.
     """
     require_matrix(values)
+    if not values.is_contiguous():
+        raise PlanError("values to quantize must be contiguous", fix="Call .contiguous() first.")
     rows, columns = values.shape
     blocks = (triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK))
     codes, scales = out or (
@@ -301,11 +304,12 @@ def quantize(
         torch.empty(blocks, dtype=torch.float32, device=values.device),
     )
     fp8 = _device_has_fp8(values.device)
-    _quantize_kernel[(blocks[0] * blocks[1],)](
-        values.contiguous(), codes, scales, rows, columns,
-        MANTISSA=_MANTISSA_BITS[values.dtype], LEAST=_LEAST_EXPONENT[values.dtype],
-        POWER_OF_TWO=power_of_two, FP8=fp8, BLOCK=BLOCK, PART=8 if values.is_cuda else BLOCK, **_OPTIONS,
-    )  # fmt: skip
+    with on_device(values):
+        _quantize_kernel[(blocks[0] * blocks[1],)](
+            values, codes, scales, rows, columns,
+            MANTISSA=_MANTISSA_BITS[values.dtype], LEAST=_LEAST_EXPONENT[values.dtype],
+            POWER_OF_TWO=power_of_two, FP8=fp8, BLOCK=BLOCK, PART=8 if values.is_cuda else BLOCK, **_OPTIONS,
+        )  # fmt: skip
     return codes, scales
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
+from weightkit.errors import PlanError
 from weightkit.kernels import fp8_quant
 from weightkit.kernels.fp8_quant_cpu import quantize_cpu
 
@@ -139,6 +142,33 @@ def test_scales_below_the_least_of_f32_are_one() -> None:
     assert 0 < scales[0, 1] < 2**-147
     assert torch.equal(codes != 0, values > 2.0**-149)
     assert_equals_the_reference(values)
+
+
+def test_values_with_gaps_are_refused() -> None:
+    with pytest.raises(PlanError, match="contiguous"):
+        fp8_quant.quantize(torch.zeros(128, 256).t())
+
+
+def test_the_kernel_is_launched_on_the_device_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the thread's current one, which may be another."""
+    events: list[object] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, **__: events.append(grid)
+
+    @contextlib.contextmanager
+    def on_device(tensor: torch.Tensor) -> Iterator[None]:
+        events.append(tensor)
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(fp8_quant, "_quantize_kernel", Kernel())
+    monkeypatch.setattr(fp8_quant, "on_device", on_device)
+    values = torch.zeros(130, 300)
+    fp8_quant.quantize(values)
+    assert events[0] is values
+    assert events[1:] == [(6,), "left"]
 
 
 INTERPRETED = """
