@@ -118,6 +118,8 @@ def test_auto_starts_a_gpu_for_what_is_worth_it(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(engine, StartingEngine)
     engine.wait(10)
     assert [[sample.shape for sample in samples] for samples in opened] == [[(2048, 2048)]]
+    assert isinstance(start_engine("auto", [fp8(7168, 2048)], worth_bytes=0), StartingEngine)
+    assert isinstance(start_engine("auto", [], worth_bytes=0), CpuEngine)
     monkeypatch.setattr(starting, "has_driver", lambda: False)
     assert isinstance(start_engine("auto", LARGE), CpuEngine)
 
@@ -135,7 +137,7 @@ def test_samples_can_be_computed(kind: str, tmp_path: Path) -> None:
     else:
         made = lay_out_published(wk.cast(opened, "f32" if kind == "f32" else "bf16"))
     computed = make_plan(made, tmp_path / "out").computed
-    samples = starting._samples(filter(starting._has_kernel, computed))
+    samples = starting._samples(filter(starting.has_kernel, computed))
     assert 1 <= len(samples) <= 12
     for sample in samples:
         assert len(evaluate(sample, starting._Zeros(), CpuEngine())) == size_bytes(sample)

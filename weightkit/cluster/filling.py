@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -13,8 +15,9 @@ from weightkit.checkpoint import Reader
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.cluster.news import Desk, News, tell
 from weightkit.cluster.sight import SHARE, require_seen, require_version
-from weightkit.compute import EngineSupply, start_engine
+from weightkit.compute import CpuEngine, EngineSupply, StartingEngine, start_engine
 from weightkit.compute.engines import DeviceName
+from weightkit.compute.starting import has_kernel
 from weightkit.durable import STATE_DIR, is_held
 from weightkit.errors import ClusterError
 from weightkit.writer.executor import disk_errors
@@ -78,14 +81,47 @@ def write_file(order: Order) -> Iterator[News]:
 
 def _fill(order: Order, desk: Desk) -> str:
     target = order.place.target
-    os.environ.update(order.endpoints)
-    with disk_errors(target), Reader(order.stamps, ahead_bytes=AHEAD_BYTES, stop=desk.stop) as reader:
+    with (
+        _environment(order.endpoints),
+        disk_errors(target),
+        Reader(order.stamps, ahead_bytes=AHEAD_BYTES, stop=desk.stop) as reader,
+    ):
         desk.read_bytes = lambda: reader.bytes_read
-        writer = FileWriter(reader, _engine(order.device))
+        writer = FileWriter(reader, _engine(order))
         return writer.fill(order.partial, order.file, order.before, desk)
 
 
-@cache
-def _engine(device: DeviceName) -> EngineSupply:
-    """One a process, which serves several tasks one after the other."""
-    return start_engine(device)
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """The environment with some variables set; the process serves other commands later, and gets its own back."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_engines: dict[DeviceName, EngineSupply] = {}
+
+
+def _engine(order: Order) -> EngineSupply:
+    """One a process, which serves several tasks one after the other; the first that needs it starts it, with its own
+    kernels. However small a task's share of the work, more follow."""
+    work = order.file.computed
+    if not any(map(has_kernel, work)):
+        return CpuEngine()
+    if order.device not in _engines:
+        engine = _engines[order.device] = start_engine(order.device, work, worth_bytes=0)
+        if isinstance(engine, StartingEngine):
+            engine.tell(_log)
+    return _engines[order.device]
+
+
+def _log(line: str) -> None:
+    """Into the worker's log, which Ray keeps. A failure under ``cuda`` is the task's error besides."""
+    print(line, file=sys.stderr, flush=True)

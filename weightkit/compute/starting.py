@@ -107,17 +107,20 @@ class StartingEngine:
         tell(f"The GPU cannot be used ({self._reason}). The CPU computes; the bytes are the same.")
 
 
-def start_engine(device: DeviceName = "auto", work: Iterable[LazyTensor] | None = None) -> EngineSupply:
+def start_engine(
+    device: DeviceName = "auto", work: Iterable[LazyTensor] | None = None, *, worth_bytes: int = WORTH_BYTES
+) -> EngineSupply:
     """The engine for ``--device``, at work at once: on the CPU until the GPUs, all that CUDA shows, are ready.
 
     Args:
         device: ``auto`` takes GPUs where there are some and ``work`` is worth their start.
         work: the tensors that are to be computed, whose kernels are made ready; None where they are not known.
+        worth_bytes: what ``auto`` starts none below; for who sees a part of the work, less.
 
     Raises ``DeviceError``: ``cuda``, and there is no GPU, as far as can be told without torch.
     """
-    tensors = [tensor for tensor in work or () if _has_kernel(tensor)]
-    small = work is not None and sum(map(size_bytes, tensors)) < WORTH_BYTES
+    tensors = [tensor for tensor in work or () if has_kernel(tensor)]
+    small = work is not None and sum(map(size_bytes, tensors)) < max(1, worth_bytes)
     if device == "cpu" or (device == "auto" and (small or not has_driver())):
         return CpuEngine()
     samples = _samples(tensors)
@@ -217,11 +220,11 @@ def _made_from(tensor: LazyTensor) -> tuple[LazyTensor, ...]:
     return ()
 
 
-def _has_kernel(tensor: LazyTensor) -> bool:
+def has_kernel(tensor: LazyTensor) -> bool:
     """Whether a GPU computes some of it; plain casts and gathers are the CPU's everywhere."""
     if isinstance(tensor, Dequantized | GroupDequantized | BlockQuantized):
         return True
-    return any(map(_has_kernel, _made_from(tensor)))
+    return any(map(has_kernel, _made_from(tensor)))
 
 
 class _Zeros(Reader):
