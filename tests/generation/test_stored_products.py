@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +17,10 @@ from tiny import V3, V3_INT4, write_tiny
 from weightkit.errors import SpaceError
 from weightkit.generation import Runtime
 from weightkit.generation.memory import grouped_bytes
+from weightkit.generation.passes import run_pass
 from weightkit.layouts import open_checkpoint
 from weightkit.model.products import Products
+from weightkit.model.stores import Streamed
 from weightkit.transforms import cast
 from weightkit.writer import write
 
@@ -55,6 +60,34 @@ def test_tokens_do_not_depend_on_memory(path: Path) -> None:
             assert runtime.weights.is_streamed == (memory_bytes is not None)
         found.append((alone, together))
     assert all(tokens == found[0] for tokens in found[1:])
+
+
+def test_new_tokens_of_two_take_the_products_of_each(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's for each sequence, an MLP's for both at once; and attention's weights are read once for both."""
+    rows, read, started = [], Counter[str](), Streamed._start
+
+    def counted(store: Streamed, unit: Any, *args: Any, **options: Any) -> Any:
+        read[unit.key] += ".self_attn." in unit.key
+        return started(store, unit, *args, **options)
+
+    monkeypatch.setattr(Streamed, "_start", counted)
+    for prompts in (PROMPTS[:1], PROMPTS):
+        with opened(path, memory_bytes=0, jobs=1) as runtime:
+            caches = [runtime.model.new_cache() for _ in prompts]
+            run = partial(run_pass, runtime.model, runtime.weights, most_tokens=8)
+            run(list(zip(prompts, caches, strict=True)))
+            kernels = runtime.weights.products._fp8  # type: ignore[union-attr]
+            assert isinstance(kernels, PlainKernels)
+            kernels.rows.clear()
+            read.clear()
+            run([([7], cache) for cache in caches])
+            rows.append(Counter(kernels.rows))
+            assert max(read.values()) == 1
+    # two layers, four projections: both of the queries, the latents', the outputs'; only experts are in int4
+    attention = 2 * 4 if path.name == "fp8" else 0
+    shared = rows[0][1] - attention
+    assert shared > 0
+    assert rows[1] == +Counter({1: 2 * attention, 2: shared})
 
 
 def test_dequantize_refuses_the_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

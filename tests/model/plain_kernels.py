@@ -14,16 +14,24 @@ from weightkit.kernels.gemm_plan import TileConfig
 
 class PlainKernels(ModuleType):
     """Products in plain torch, quick ones. Their bits depend on ``splits`` far more than those of the real kernels:
-    K is cut into so many parts, each rounded to BF16; and a launch chooses ``splits`` by all that it has to do."""
+    K is cut into so many parts, each rounded to BF16; and a launch chooses ``splits`` by all that it has to do.
+
+    Attributes:
+        launches: weights of each launch of experts.
+        rows: of each product with one weight.
+    """
 
     def __init__(self) -> None:
         super().__init__("plain_kernels")
         self.launches: list[int] = []
+        self.rows: list[int] = []
 
     def fp8_linear(self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        self.rows.append(x.numel() // x.shape[-1])
         return split_product(x, fp8_weight(codes, scale), len(x) % 3 + 1)
 
     def int4_linear(self, x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, **form: int) -> torch.Tensor:
+        self.rows.append(x.numel() // x.shape[-1])
         return split_product(x, int4_weight(qweight, scales, **form), len(x) % 3 + 1)
 
     def experts_config(self, counts: Sequence[int], *_: object, **__: object) -> TileConfig:

@@ -19,7 +19,7 @@ from weightkit.checkpoint.tensors import GroupDequantized, Stored
 from weightkit.errors import SpaceError
 from weightkit.kernels.gemm_plan import TileConfig
 from weightkit.layouts import open_checkpoint
-from weightkit.model import CheckpointWeights, Model, MoE
+from weightkit.model import CheckpointWeights, Held, Model, MoE
 from weightkit.model.products import Form, Groups, Products, groups_of
 from weightkit.transforms import cast
 
@@ -231,6 +231,92 @@ def test_room_for_all_as_stored_is_enough_without_streaming(
     assert not weights.is_streamed
     with pytest.raises(SpaceError, match="not to be streamed"):
         weights.limit(weights.packed_bytes - 1, 0)
+
+
+@pytest.mark.parametrize("memory", [0, 60_000, 1 << 30])
+def test_attention_held_for_several_parts_is_that_of_one(
+    checkpoints: dict[str, Checkpoint], products: Products, memory: int
+) -> None:
+    """The same products, for each part, whatever takes the weights' place on the device meanwhile."""
+    kernels = products._fp8
+    assert isinstance(kernels, PlainKernels)
+    with opened(checkpoints["fp8"], products, memory) as weights, torch.inference_mode():
+        model = Model(weights.arch, weights)
+        attention, caches = model.layers[0].attention, [model.new_cache().layers[0] for _ in range(4)]
+        x = random_rows(1, 10, 144)
+        for cache in caches:
+            attention(x[:, :3], model.rope.at(torch.arange(3)), cache)
+        turn, tokens = model.rope.at(torch.tensor([3])), x[:, 3:5].split(1, dim=1)
+        kernels.rows.clear()
+        expected = [attention(token, turn, cache) for token, cache in zip(tokens, caches[:2], strict=True)]
+        assert kernels.rows == [1] * 8
+        held, found = attention.holding(), []
+        for token, cache in zip(tokens, caches[2:], strict=True):
+            kernels.rows.clear()
+            found.append(held(token, turn, cache))
+            assert kernels.rows == [1] * 4
+            for name in EXPERTS:
+                weights.get(name)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("unit_bytes", [256 << 20, 128 * 128 * 2])
+@pytest.mark.parametrize("form", ["fp8", "int4", "act-order"])
+def test_held_products(
+    checkpoints: dict[str, Checkpoint],
+    products: Products,
+    form: str,
+    unit_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the source, of whole weights and of strips; the kernels turn out not to take some of them."""
+    monkeypatch.setattr(sys.modules["weightkit.compute.evaluate"], "GROUP_STRIP_BYTES", 1)
+    monkeypatch.setattr("weightkit.model.stores.UNIT_BYTES", unit_bytes)
+    x, name = random_rows(2, 128), f"{MLP}.experts.1.down_proj.weight"
+    with opened(checkpoints[form], products, 0) as weights:
+        expected = weights.linear(name, x)
+        held = Held(Held(weights, [name]), [name])
+        before = weights.bytes_read
+        found = [held.linear(name, x) for _ in range(3)]
+        once = weights.bytes_read - before
+        weights.linear(name, x)
+        assert once == weights.bytes_read - before - once
+        assert weights.held_product("model.norm.weight") is None
+        room = 2 * weights.sizes.largest_expert + 600
+    with opened(checkpoints[form], products, room) as weights:
+        held = Held(weights, [name])
+        for _ in range(2):
+            found.append(held.linear(name, x))
+            for other in EXPERTS:  # in its place
+                weights.get(other)
+    assert all(torch.equal(product, expected) for product in found)
+    with opened(checkpoints[form], None, 0) as weights:
+        assert weights.held_product(name) is None
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4", "act-order"])
+@pytest.mark.parametrize("unit_bytes", [256 << 20, 128 * 128 * 2])
+def test_the_least_memory_in_which_none_is_read_twice(
+    checkpoints: dict[str, Checkpoint],
+    products: Products,
+    form: str,
+    unit_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of weights in strips, each of which repeats a GPTQ weight's group numbers."""
+    monkeypatch.setattr(sys.modules["weightkit.compute.evaluate"], "GROUP_STRIP_BYTES", 1)
+    monkeypatch.setattr("weightkit.model.stores.UNIT_BYTES", unit_bytes)
+    with opened(checkpoints[form], products) as weights:
+        packed, names = weights.packed_bytes, [name for name, _ in weights._needed()]
+    for memory in (packed, packed - 1):
+        with opened(checkpoints[form], products, memory) as weights:
+            for name in names:
+                weights.get(name)
+            assert weights.kept_bytes == packed if memory == packed else weights.kept_bytes < packed
+            before = weights.bytes_read
+            for name in names:
+                weights.get(name)
+            assert (weights.bytes_read == before) == (memory == packed)
 
 
 def test_a_checkpoint_without_quantized_weights_is_kept_whole(

@@ -73,7 +73,8 @@ def _parts(
 
 
 def _attend(layer: Layer, hidden: torch.Tensor, parts: Sequence[_Part]) -> None:
-    """Add the layer's attention to ``hidden`` in place; its weights are dequantized once for all parts."""
+    """Add the layer's attention to ``hidden`` in place; its weights are read once for all parts, and dequantized once
+    where they are not multiplied with as they are stored."""
     if len(parts) > 1:
         held = copy.copy(layer)
         held.attention = layer.attention.holding()

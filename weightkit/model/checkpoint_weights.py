@@ -18,10 +18,11 @@ from weightkit.errors import GenerationError, SpaceError
 from weightkit.family import Architecture, expert_of, is_mtp, layer_of
 from weightkit.machine import available_memory_bytes, default_jobs
 from weightkit.model.loading import Loader, torch_dtype
-from weightkit.model.memory import ALIGNMENT, FREE_SHARE, free_memory_bytes
+from weightkit.model.memory import FREE_SHARE, aligned, free_memory_bytes
 from weightkit.model.packed import Packed
 from weightkit.model.products import Products
-from weightkit.model.stores import UNIT_BYTES, CacheUse, Resident, Source, Store, Streamed
+from weightkit.model.stores import UNIT_BYTES, CacheUse, Resident, Source, Store, Streamed, packed_units
+from weightkit.model.weights import Product
 from weightkit.transforms import cast
 from weightkit.units import human_bytes
 
@@ -173,7 +174,7 @@ class CheckpointWeights:
     @cached_property
     def sizes(self) -> WeightSizes:
         """What the weights take."""
-        units = {name: Packed(tensor).size_bytes for name, tensor in self._needed()}
+        units = {name: sum(sizes) for name, sizes in self._unit_sizes.items()}
         routed = {name: size for name, size in units.items() if expert_of(name) is not None}
         dense = {name: elements(tensor) * self._dtype_of(name).itemsize for name, tensor in self._needed()}
         attention: dict[int | None, int] = {}
@@ -188,7 +189,7 @@ class CheckpointWeights:
             dense=sum(dense.values()),
             expert_layers=sum(map(self.arch.is_moe_layer, range(self.arch.num_hidden_layers))),
             largest_expert=max(routed.values(), default=0),
-            largest=max((min(size, UNIT_BYTES) for size in units.values()), default=0),
+            largest=max((size for sizes in self._unit_sizes.values() for size in sizes), default=0),
             largest_dense=int(max((min(size, UNIT_BYTES * widened) for size in dense.values()), default=0)),
             attention=max(attention.values(), default=0),
             row=size_bytes(embedding) // embedding.shape[0],
@@ -209,10 +210,10 @@ class CheckpointWeights:
             self._host_bytes = 0 if on_cpu else int(available_memory_bytes() * FREE_SHARE)
         return self._host_bytes
 
-    @property
+    @cached_property
     def packed_bytes(self) -> int:
-        """What all weights take at most as they are stored, gaps between them included."""
-        return self.sizes.total + ALIGNMENT * sum(1 for _ in self._needed())
+        """What all weights take as they are stored, to the byte: each unit begins at a multiple of ``ALIGNMENT``."""
+        return sum(aligned(size) for sizes in self._unit_sizes.values() for size in sizes)
 
     @property
     def may_stream(self) -> bool | None:
@@ -282,6 +283,11 @@ class CheckpointWeights:
         """``x`` [..., in] times the transpose of the weight ``name`` [out, in]: [..., out], in ``x``'s dtype."""
         return self._store.linear(name, x)
 
+    def held_product(self, name: str) -> Product | None:
+        """The product with a weight that is multiplied with as it is stored, read once and held; None for any other.
+        See ``Holds.held_product``."""
+        return self._store.held_product(name)
+
     def takes_groups(self, names: Sequence[str]) -> bool:
         """Whether ``grouped`` serves these: all stored as kernels take them. See ``Groups.takes_groups``."""
         return self.products is not None and self._store.takes_groups(names)
@@ -317,6 +323,11 @@ class CheckpointWeights:
             rows_only = name == _EMBEDDING and not self.arch.tie_word_embeddings
             if not rows_only and not is_mtp(name, self.arch) and not any(part in name for part in _UNUSED):
                 yield name, tensor
+
+    @cached_property
+    def _unit_sizes(self) -> dict[str, list[int]]:
+        """Bytes of each weight's units, as they are stored. A strip of a GPTQ weight repeats its group numbers."""
+        return {name: [unit.size_bytes for unit in packed_units(tensor)] for name, tensor in self._needed()}
 
     @cached_property
     def _has_forms(self) -> bool:

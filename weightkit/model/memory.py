@@ -60,7 +60,7 @@ class Arena:
 
     def take(self, count: int) -> Region | None:
         """A region of at least ``count`` bytes; None where no free part is as large."""
-        size = _aligned(count)
+        size = aligned(count)
         for chunk in range(len(self._chunks)):
             if self._room[chunk] >= size and (region := self._take_from(chunk, size)) is not None:
                 return region
@@ -183,5 +183,6 @@ class Shelf:
         return None
 
 
-def _aligned(count: int) -> int:
+def aligned(count: int) -> int:
+    """Bytes of the region that ``count`` bytes take."""
     return max(ALIGNMENT, -(-count // ALIGNMENT) * ALIGNMENT)

@@ -22,6 +22,7 @@ from weightkit.model.loading import Loader
 from weightkit.model.memory import Arena, Region, Shelf
 from weightkit.model.packed import Packed
 from weightkit.model.products import Form, Operands, Products
+from weightkit.model.weights import Product
 
 if TYPE_CHECKING:
     from weightkit.kernels.gemm_plan import TileConfig
@@ -66,13 +67,16 @@ class CacheUse:
 
 
 class Store(Protocol):
-    """Keeps weights. What is not described is as in ``Weights`` and ``Groups``; for the computing thread alone."""
+    """Keeps weights, for the computing thread alone. What is not described is as in ``Weights``, ``Groups`` and
+    ``Holds``."""
 
     use: CacheUse
 
     def get(self, name: str) -> torch.Tensor: ...
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor: ...
+
+    def held_product(self, name: str) -> Product | None: ...
 
     def takes_groups(self, names: Sequence[str]) -> bool: ...
 
@@ -120,6 +124,11 @@ class Source:
     products: Products | None = None
 
 
+def packed_units(lazy: LazyTensor) -> list[Packed]:
+    """What ``Streamed`` reads, keeps and evicts as one of a weight: all of it, or each strip of its rows."""
+    return [Packed(part) for part in strips(lazy, UNIT_BYTES)]
+
+
 class Resident:
     """All weights dequantized on the device, each read when it is asked for first. There must be room for all."""
 
@@ -152,6 +161,9 @@ class Resident:
         rows = [strip.shape[0] for strip in strips(self._source.lazy(name), UNIT_BYTES)]
         products = [linear(x, part) for part in weight.split(rows)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def held_product(self, name: str) -> Product | None:
+        return None
 
     def takes_groups(self, names: Sequence[str]) -> bool:
         return False
@@ -283,6 +295,16 @@ class Streamed:
         products = [self._multiply(self._hold(unit), x) for unit in self._units(name)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
+    def held_product(self, name: str) -> Product | None:
+        """Of a weight that the kernels have a form for. It does not keep others from the device: the weight leaves its
+        place there as any other does."""
+        units = self._units(name)
+        if self._source.products is None or all(unit.packed.form is None for unit in units):
+            return None
+        dtype = self._source.dtype_of(name)
+        parts = [self._held_part(unit, dtype) for unit in units]
+        return parts[0] if len(parts) == 1 else lambda x: torch.cat([part(x) for part in parts], dim=-1)
+
     def takes_groups(self, names: Sequence[str]) -> bool:
         """Whether the kernels have a form for all, each of which is one unit."""
         if self._source.products is None:
@@ -344,6 +366,16 @@ class Streamed:
             return entry.packed.linear(entry.buffer, x, self._loader)
         return products.linear(x, operands)
 
+    def _held_part(self, unit: _Unit, dtype: torch.dtype) -> Product:
+        """``_multiply`` with this unit, in memory of its own."""
+        entry = self._hold(unit)
+        if entry.operands is None:
+            weight = unit.packed.own(entry.buffer, dtype, self._loader)
+            return lambda x: linear(x, weight)
+        has_place = unit.key in self._entries  # which something else may have after the next call
+        own = replace(entry, buffer=entry.buffer.clone()) if has_place else entry
+        return lambda x: self._multiply(own, x)
+
     def _configs(self, forms: Sequence[Form | None], counts: Sequence[int]) -> dict[Form, TileConfig]:
         """The tiles for the weights of each form, by the counts of all of them."""
         products = self._source.products
@@ -381,9 +413,9 @@ class Streamed:
         found = self._units_of.get(name)
         if found is None:
             layer = layer_of(name) if expert_of(name) is not None else None
-            parts = list(strips(self._source.lazy(name), UNIT_BYTES))
+            parts = packed_units(self._source.lazy(name))
             keys = [name] if len(parts) == 1 else [f"{name}[{number}]" for number in range(len(parts))]
-            found = [_Unit(key, Packed(part), layer) for key, part in zip(keys, parts, strict=True)]
+            found = [_Unit(key, part, layer) for key, part in zip(keys, parts, strict=True)]
             self._units_of[name] = found
         return found
 
@@ -440,10 +472,7 @@ class Streamed:
         self._read_ahead()
         for unit, entry in zip(units, entries, strict=True):
             self._count(unit, entry)
-        for shelf in (self._device, self._host):
-            if shelf is not None:
-                for key in keys:
-                    shelf.use(key)
+            self._used(unit.key)
         return entries
 
     def _await(self, unit: _Unit, entry: _Entry) -> None:
@@ -457,9 +486,13 @@ class Streamed:
                 self._forget(unit.key)
             entry.arrival.result()
             entry.is_there = True
-        for shelf in (self._device, self._host):
-            if shelf is not None:
-                shelf.use(unit.key)
+        self._used(unit.key)
+
+    def _used(self, key: str) -> None:
+        """Note in both memories that a unit is used now."""
+        self._device.use(key)
+        if self._host is not None:
+            self._host.use(key)
 
     def _count(self, unit: _Unit, entry: _Entry) -> None:
         if unit.layer is not None:

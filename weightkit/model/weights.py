@@ -16,11 +16,15 @@ from weightkit.errors import MissingTensorError
 Observer = Callable[[str, torch.Tensor], None]
 """Called with a linear map's published weight name and its input [..., in], before each product."""
 
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""Takes ``x`` [..., in], gives its product with the transpose of a weight [out, in]: [..., out], in ``x``'s dtype."""
+
 
 class Weights(Protocol):
     """A source of weights by their published names, such as ``model.layers.3.mlp.experts.5.gate_proj.weight``.
 
-    A source may also have the method of ``Multiplies``, which ``project`` then uses, and those of ``Groups``.
+    A source may also have the method of ``Multiplies``, which ``project`` then uses, and those of ``Groups`` and
+    ``Holds``.
     """
 
     def get(self, name: str) -> torch.Tensor:
@@ -70,6 +74,18 @@ class Groups(Multiplies, Protocol):
         ...
 
 
+class Holds(Multiplies, Protocol):
+    """A source that lends what it multiplies with, for several products with one weight, read once."""
+
+    def held_product(self, name: str) -> Product | None:
+        """The same product as ``linear``, of a weight that its source multiplies with as it is stored.
+
+        It holds the weight as long as it lives. None for any other weight: hold what ``get`` returns. Which of the two
+        follows from the weight and the device, not from what is in memory.
+        """
+        ...
+
+
 def as_groups(weights: Weights) -> Groups | None:
     """The source, if it is one of ``Groups``."""
     return cast(Groups, weights) if hasattr(weights, "grouped") else None
@@ -99,12 +115,14 @@ class Held:
     """Some of a source's weights, each asked for once and held as long as this object lives.
 
     For a module that goes over many tokens in parts: a source that keeps nothing would read a weight for every part.
+    Products are those of the source all the same: a weight that it multiplies with as it is stored is held so.
     """
 
     def __init__(self, weights: Weights, names: Sequence[str]) -> None:
         self._weights = weights
         self._names = frozenset(names)
         self._held: dict[str, torch.Tensor] = {}
+        self._products: dict[str, Product | None] = {}
 
     def get(self, name: str) -> torch.Tensor:
         """The weight, held if it is one of ``names``. See ``Weights.get``."""
@@ -116,7 +134,18 @@ class Held:
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The product, with the held weight if ``name`` is one of ``names``. See ``Multiplies.linear``."""
-        return linear(x, self.get(name)) if name in self._names else _multiply(self._weights, name, x)
+        if name not in self._names:
+            return _multiply(self._weights, name, x)
+        product = self.held_product(name)
+        return linear(x, self.get(name)) if product is None else product(x)
+
+    def held_product(self, name: str) -> Product | None:
+        """That of the source, held if ``name`` is one of ``names``. See ``Holds.held_product``."""
+        if name not in self._names:
+            return _held_product(self._weights, name)
+        if name not in self._products:
+            self._products[name] = _held_product(self._weights, name)
+        return self._products[name]
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """See ``Weights.rows``."""
@@ -138,3 +167,8 @@ def _multiply(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     """By the source itself where it is one of ``Multiplies``."""
     own: Callable[[str, torch.Tensor], torch.Tensor] | None = getattr(weights, "linear", None)
     return linear(x, weights.get(name)) if own is None else own(name, x)
+
+
+def _held_product(weights: Weights, name: str) -> Product | None:
+    """That of a source that is one of ``Holds``."""
+    return cast(Holds, weights).held_product(name) if hasattr(weights, "held_product") else None
