@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,9 @@ import weightkit
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 """Half a unit in the last place, as a fraction of the value."""
+
+_COPIES = count()
+"""Numbers of interpreted copies: several of one module may be in use at a time."""
 
 SUM_ROUNDING = 2.0**-23
 """Of a sum in F32, as a fraction of its terms' magnitudes: what each addition may lose."""
@@ -50,7 +54,7 @@ def assert_within_bound(found: torch.Tensor, x: torch.Tensor, weight: torch.Tens
 def interpreted_copy(name: str) -> Iterator[ModuleType]:
     """A second copy of a module of kernels, interpreted: Triton looks at the variable when it decorates them."""
     path = Path(weightkit.__file__).parent / "kernels" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_interpreted", path)
+    spec = importlib.util.spec_from_file_location(f"{name}_interpreted_{next(_COPIES)}", path)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
