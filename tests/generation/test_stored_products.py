@@ -20,7 +20,7 @@ from weightkit.generation.memory import grouped_bytes
 from weightkit.generation.passes import run_pass
 from weightkit.layouts import open_checkpoint
 from weightkit.model.products import Products
-from weightkit.model.stores import Streamed
+from weightkit.model.streamed import Streamed
 from weightkit.transforms import cast
 from weightkit.writer import write
 

@@ -23,7 +23,8 @@ from weightkit.checkpoint.tensors import size_bytes, stored_parts
 from weightkit.errors import GenerationError, MissingTensorError, SpaceError
 from weightkit.layouts import open_checkpoint
 from weightkit.model import CheckpointWeights
-from weightkit.model.stores import Resident, Streamed
+from weightkit.model.stores import Resident
+from weightkit.model.streamed import Streamed
 from weightkit.transforms import cast, shard
 from weightkit.writer import write
 
@@ -243,7 +244,8 @@ import json, resource, sys, threading, time
 from pathlib import Path
 from weightkit.layouts import open_checkpoint
 from weightkit.model import CheckpointWeights
-from weightkit.model.stores import Resident, Streamed
+from weightkit.model.stores import Resident
+from weightkit.model.streamed import Streamed
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 path, device_bytes, host_bytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -21,7 +21,8 @@ from weightkit.model.loading import Loader, torch_dtype
 from weightkit.model.memory import FREE_SHARE, aligned, free_memory_bytes
 from weightkit.model.packed import Packed
 from weightkit.model.products import Products
-from weightkit.model.stores import UNIT_BYTES, CacheUse, Resident, Source, Store, Streamed, packed_units
+from weightkit.model.stores import UNIT_BYTES, CacheUse, Resident, Source, Store, packed_units
+from weightkit.model.streamed import Streamed
 from weightkit.model.weights import Product
 from weightkit.transforms import cast
 from weightkit.units import human_bytes
