@@ -281,8 +281,13 @@ def test_memory_grows_by_no_more_than_the_budgets(tmp_path: Path) -> None:
     grown = {}
     for device_bytes, host_bytes in ((6 << 20, 8 << 20), (32 << 20, 0)):
         arguments = [str(tmp_path / "wide"), str(device_bytes), str(host_bytes)]
-        done = subprocess.run([sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, check=True,
-                              env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"})  # tensors go back when freed
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        )  # tensors go back when freed
         found = json.loads(done.stdout)
         assert found["read"] > 50e6
         grown[device_bytes + host_bytes] = found["grown"]
