@@ -15,7 +15,7 @@ from weightkit.cli import main
 def stay():
     threading.main_thread().join()
     print("waiting", flush=True)
-    time.sleep(20)
+    time.sleep(120)
 threading.Thread(target=stay).start()
 main(["--version"])
 """
@@ -30,12 +30,12 @@ def test_a_signal_at_the_exit_ends_it_without_a_traceback(number: signal.Signals
         assert process.stdout.readline().startswith("weightkit")
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(number)
-        _, said = process.communicate(timeout=10)
+        _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (-number, "")
 
 
 def test_a_signal_that_the_caller_ignores_stays_ignored() -> None:
-    code = CODE.replace("20", "0.5").replace(
+    code = CODE.replace("120", "0.5").replace(
         "import threading, time", "import signal, threading, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
     )
     with subprocess.Popen(
@@ -44,5 +44,5 @@ def test_a_signal_that_the_caller_ignores_stays_ignored() -> None:
         assert process.stdout is not None
         process.stdout.readline(), process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=10)
+        _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "")

