@@ -68,10 +68,10 @@ class Raylet:
         self.process.wait()
 
 
-def start(*arguments: str, cpus: int, prefix: tuple[str, ...] = ()) -> Raylet:
-    """A node with so many CPUs to give."""
+def start(*arguments: str, cpus: int, gpus: int = 0, prefix: tuple[str, ...] = ()) -> Raylet:
+    """A node with so many CPUs and GPUs to give, whether there are any or not."""
     command = [
-        *prefix, *RAY, "start", "--block", "--disable-usage-stats", "--num-cpus", str(cpus), "--num-gpus", "0",
+        *prefix, *RAY, "start", "--block", "--disable-usage-stats", "--num-cpus", str(cpus), "--num-gpus", str(gpus),
         "--object-store-memory", str(80 << 20), "--memory", str(8 << 30), *arguments,
     ]  # fmt: skip
     return Raylet(
@@ -114,12 +114,12 @@ def _answers(ip: str, port: int) -> bool:
 
 
 @contextmanager
-def second(address: str, cpus: int, prefix: tuple[str, ...] = ()) -> Iterator[Raylet]:
+def second(address: str, cpus: int, gpus: int = 0, prefix: tuple[str, ...] = ()) -> Iterator[Raylet]:
     """Another node of the cluster at ``address``, once it has joined; the caller may kill it."""
     import ray
 
     before = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    node = start("--address", address, cpus=cpus, prefix=prefix)
+    node = start("--address", address, cpus=cpus, gpus=gpus, prefix=prefix)
     try:
         wait_for("the node did not join", lambda: {n["NodeID"] for n in ray.nodes() if n["Alive"]} - before)
         yield node

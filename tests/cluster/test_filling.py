@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import weightkit as wk
 from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.tensors import LazyTensor
 from weightkit.cluster import filling
-from weightkit.cluster.filling import Order, Place, write_file
-from weightkit.compute import CpuEngine, Engine, EngineSupply, StartingEngine, starting
+from weightkit.cluster.filling import NodeEngine, Order, Place, write_file
+from weightkit.compute import CpuEngine, Engine, EngineSupply, Started, StartingEngine, starting
 from weightkit.durable import only_writer
+from weightkit.errors import Interrupted
 from weightkit.layouts import lay_out_published
 from weightkit.writer import make_plan
 from weightkit.writer.plan import Plan
@@ -49,6 +50,20 @@ def orders(plan: Plan, **endpoints: str) -> Iterator[Order]:
             yield Order(place, file, plan.target / file.name, None, plan.stamps, "auto", endpoints)
 
 
+def show_a_gpu(monkeypatch: pytest.MonkeyPatch, opened: Callable[[Iterable[LazyTensor]], Engine]) -> None:
+    """As if the driver showed one, and torch could start it as ``opened`` does."""
+    monkeypatch.setattr(starting, "count_gpus", lambda: 1)
+    monkeypatch.setattr(starting, "_torch_lacks_cuda", lambda: False)
+    monkeypatch.setattr(starting, "_open", opened)
+
+
+def wait(engine: EngineSupply) -> None:
+    """Until it has started, or failed."""
+    assert isinstance(engine, NodeEngine)
+    if isinstance(engine._supply, StartingEngine):  # not yet failed
+        engine._supply.wait(10)
+
+
 def fill(order: Order) -> None:
     *_, last = write_file(order)
     assert last.error is None
@@ -64,8 +79,7 @@ def test_one_engine_with_the_first_tasks_kernels_however_small(
         opened.append(samples)
         return CpuEngine()
 
-    monkeypatch.setattr(starting, "has_driver", lambda: True)
-    monkeypatch.setattr(starting, "_open_any", open_any)
+    show_a_gpu(monkeypatch, open_any)
     plan = planned(wk.cast(source, "bf16"), tmp_path / "out")
     computed = [bool(file.computed) for file in plan.files]
     for order in orders(plan):
@@ -74,9 +88,7 @@ def test_one_engine_with_the_first_tasks_kernels_however_small(
     assert sum(computed) > 1
     engines = {id(engine) for engine, needed in zip(made, computed, strict=True) if needed}
     assert len(engines) == 1
-    started = made[computed.index(True)]
-    assert isinstance(started, StartingEngine)
-    started.wait(10)
+    wait(made[computed.index(True)])
     assert [len(list(samples)) > 0 for samples in opened] == [True]
     wk.write(wk.cast(source, "bf16"), tmp_path / "here", device="cpu", progress=False)
     for file in plan.files:
@@ -95,14 +107,48 @@ def test_a_failure_is_in_the_log(
     def open_any(samples: Iterable[LazyTensor]) -> Engine:
         raise RuntimeError("driver too old")
 
-    monkeypatch.setattr(starting, "has_driver", lambda: True)
-    monkeypatch.setattr(starting, "_open_any", open_any)
+    show_a_gpu(monkeypatch, open_any)
     for order in orders(planned(wk.cast(source, "bf16"), tmp_path / "out")):
         fill(order)
-    for engine in filling._engines.values():
-        assert isinstance(engine, StartingEngine)
-        engine.wait(10)
+    (engine,) = filling._engines.values()
+    wait(engine)
+    assert [engine.failure, engine.failure] == ["RuntimeError: driver too old"] * 2
+    assert isinstance(engine.now(), CpuEngine)
     assert capsys.readouterr().err.count("The GPU cannot be used (RuntimeError: driver too old).") == 1
+
+
+def test_a_gpu_that_fails_on_the_way_is_not_asked_again(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch says is told as a ``DeviceError``; under ``auto`` the same process computes the file on its CPU."""
+
+    class Breaking(CpuEngine):
+        def start_dequantize(self, *_: object) -> Started:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    class Supply:
+        def now(self) -> Engine:
+            return Breaking()
+
+    monkeypatch.setattr(filling, "start_engine", lambda *_, **__: Supply())
+    plan = planned(wk.cast(source, "bf16"), tmp_path / "out")
+    told = list[str]()
+    for order in orders(plan):
+        for device in ("cuda", "auto", "auto", "cuda"):
+            *_, last = write_file(replace(order, device=device))
+            told.append(f"{device} {last.error.found if last.error else bool(last.result)} {last.gpu_failure}")
+        break
+    why = "CUDA error: an illegal memory access was encountered"
+    reason = f"the GPU failed: {why}"
+    assert told == [f"cuda {why} {reason}", f"auto {why} {reason}", f"auto True {reason}", f"cuda {why} {reason}"]
+
+
+def test_a_task_that_is_not_wanted_any_more_does_nothing(source: Checkpoint, tmp_path: Path) -> None:
+    """One that begins when its run is over."""
+    *_, order = orders(planned(source, tmp_path / "out"))
+    (news,) = write_file(order)
+    assert isinstance(news.error, Interrupted)
+    assert not order.partial.exists()
 
 
 def test_the_process_gets_its_environment_back(

@@ -10,18 +10,21 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from weightkit.cluster.connection import Node, nodes
-from weightkit.cluster.news import News
+from weightkit.cluster.news import News, reason
+from weightkit.cluster.sight import INSTALL
 from weightkit.compute.engines import DeviceName
-from weightkit.errors import ClusterError, DeviceError, Interrupted, SpaceError, WeightkitError
+from weightkit.errors import ClusterError, DeviceError, Interrupted, SpaceError, WeightkitError, raise_all
 from weightkit.machine import MAX_JOBS
 from weightkit.units import counted, human_bytes
 
 #: A file is tried so often before the run gives up on it.
 ATTEMPTS = 4
+#: Under ``auto`` a GPU is given to a file so often: it may be what ends the processes.
+GPU_ATTEMPTS = 2
 #: How often the list of nodes is asked for; how long one that failed gets no work; how long a node that is gone may be
 #: silent; how long to wait for a node where none is left.
 NODES_EVERY_S = 1.0
@@ -30,6 +33,8 @@ SILENCE_S = 30.0
 NO_NODE_S = 60.0
 #: How long tasks that were told to stop may take to tell what they have done.
 STOP_S = 10.0
+#: How long a task may take to begin before that is said.
+BEGIN_S = 60.0
 #: How long a node may take to start its first process and look for the files.
 LOOK_S = 120.0
 
@@ -74,19 +79,20 @@ class Room:
     tasks: int
     gpus: float
 
-    @property
-    def device(self) -> DeviceName:
-        return "cuda" if self.gpus else "cpu"
-
 
 def room_on(node: Node, needs: Needs, jobs: int | None) -> Room:
     """What a node has room for, by its CPUs and memory; ``jobs`` tasks at most, by default 8."""
     tasks = min(jobs or MAX_JOBS, int(node.cpus), int(node.memory_bytes // max(1, needs.memory_bytes)))
     if needs.device in (None, "cpu") or not tasks:
         return Room(node, tasks, 0.0)
-    if not node.gpus:
+    if node.gpus < 1:
         return Room(node, 0 if needs.device == "cuda" else tasks, 0.0)
-    return Room(node, tasks, min(1.0, int(node.gpus / tasks * 1000) / 1000))
+    return Room(node, tasks, _share(tasks, int(node.gpus)))
+
+
+def _share(tasks: int, gpus: int) -> float:
+    """The part of one GPU that each task gets, so that all have a place: no task lies on two of them."""
+    return int(1000 / max(1, -(-tasks // gpus))) / 1000
 
 
 def require_room(found: Sequence[Node], needs: Needs, jobs: int | None) -> None:
@@ -120,11 +126,18 @@ class _Task:
     errand: Errand
     node: Node
     stream: Any
+    device: DeviceName
     heard_at: float = field(default_factory=time.monotonic)
+    has_begun: bool = False
 
 
 class Crew:
     """Carries errands out, each by a task.
+
+    A node whose GPU cannot be used, or fails on the way, gets no more work for it in this run, which is said once.
+    Under ``auto`` its CPU goes on, and so does a file that met the failure. Under ``cuda`` the node is left out, as one
+    without a GPU is: who has waited for a cluster is served better by the other nodes than by an error. Where no
+    node's GPU works, that is the error.
 
     Args:
         ray: connected.
@@ -155,6 +168,10 @@ class Crew:
         self._known: set[str] = set()
         self._benched: dict[str, float] = {}
         self._attempts: Counter[str] = Counter()
+        self._broken: dict[str, str] = {}  # by id of a node, what became of its GPU
+        self._kept_waiting: set[str] = set()  # nodes of which it is said that a task there does not begin
+        self._on_cpu: set[str] = set()  # names of errands that met a failing GPU
+        self._refusals: list[WeightkitError] = []
         self._waiting: deque[Errand] = deque()
         self._tasks: dict[Any, _Task] = {}
         self._alive: set[str] = set()
@@ -167,6 +184,7 @@ class Crew:
         Raises:
             WeightkitError: the first failure of a task, its place with the node's name; all others are stopped then.
             ClusterError: nodes that do not see the files, or none that is left.
+            DeviceError: under ``cuda``, no node is left whose GPU works.
         """
         self._waiting.extend(sorted(errands, key=lambda errand: -errand.size_bytes))
         if not self._waiting:
@@ -201,7 +219,7 @@ class Crew:
             self._looked(answer, self._looking.pop(answer))
 
     def _first_nodes(self) -> None:
-        """Ask the nodes that there are, and wait for their answers. Raises what one of them finds wrong."""
+        """Ask the nodes that there are, and wait for their answers. Raises what they find wrong."""
         require_room(nodes(self._ray), self._needs, self._jobs)
         until = time.monotonic() + LOOK_S
         while self._looking or not self._known:
@@ -211,15 +229,17 @@ class Crew:
             if time.monotonic() > until:
                 break
             self._asked_at = 0.0
+        raise_all("nodes of the cluster cannot do the work", self._refusals)
 
     def _looked(self, answer: Any, room: Room) -> None:
         """A node that sees everything gets work from now on."""
         try:
             self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as exc:
-            if not self._begun:
-                raise of_node(exc, room.node) from exc
-            self._tell(f"A new node gets no work. {of_node(exc, room.node)}")
+            refusal = of_node(exc, room.node)
+            self._refusals.append(refusal)
+            if self._begun:
+                self._tell(f"A new node gets no work. {refusal}")
         except self._ray.exceptions.RayError as exc:  # it is gone again
             self._tell(f"A node gets no work. {of_node(exc, room.node)}")
         else:
@@ -233,6 +253,13 @@ class Crew:
         ]
         if rooms or self._tasks:
             self._had_room_at = now
+        elif self._broken and not self._rooms and not self._looking:
+            raise DeviceError(
+                "no node of the cluster has a GPU that works",
+                where="--device",
+                found=", ".join(self._broken.values()),
+                fix="Use --device auto or cpu: the bits are the same. What was written is kept.",
+            )
         elif now - self._had_room_at > NO_NODE_S:
             raise ClusterError(
                 "no node of the cluster is left",
@@ -247,15 +274,26 @@ class Crew:
     def _send(self) -> None:
         while self._waiting and (room := self._free()) is not None:
             errand = self._waiting.popleft()
+            device = self._device(errand, room)
             options = {
                 "num_returns": "streaming",
                 "num_cpus": 1,
-                "num_gpus": room.gpus,
+                "num_gpus": 0 if device == "cpu" else room.gpus,
                 **on_node(self._ray, room.node),
             }
             task = self._work.options(memory=self._needs.memory_bytes, name=f"weightkit {errand.name}", **options)
-            stream = task.remote(errand.order(room.device))
-            self._tasks[stream] = _Task(errand, room.node, stream)
+            stream = task.remote(errand.order(device))
+            self._tasks[stream] = _Task(errand, room.node, stream, device)
+
+    def _device(self, errand: Errand, room: Room) -> DeviceName:
+        """Where an errand is computed on a node."""
+        if not room.gpus or self._needs.device is None:
+            return "cpu"
+        if self._needs.device == "auto" and (
+            errand.name in self._on_cpu or self._attempts[errand.name] >= GPU_ATTEMPTS
+        ):
+            return "cpu"
+        return self._needs.device
 
     def _listen(self, timeout_s: float) -> None:
         """Hear what there is to hear, or wait a little for it."""
@@ -263,12 +301,24 @@ class Crew:
             time.sleep(timeout_s)
             return
         ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=timeout_s)
+        if ready:  # all that have news, so that those at the end of the list have their turn
+            ready, _ = self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
         for stream in ready:
             self._hear(self._tasks[stream])
         now = time.monotonic()
         for task in list(self._tasks.values()):
             if task.node.id not in self._alive and now - task.heard_at > SILENCE_S:
                 self._lose(task, "its node is gone")
+            elif not task.has_begun and now - task.heard_at > BEGIN_S:
+                self._tell_of_waiting(task)
+
+    def _tell_of_waiting(self, task: _Task) -> None:
+        if task.node.id not in self._kept_waiting:
+            self._kept_waiting.add(task.node.id)
+            self._tell(
+                f"{task.node.name}: {task.errand.name} waits to begin there. Others may use the CPUs, GPUs or memory"
+                " of the node (`ray status` shows it)."
+            )
 
     def _hear(self, task: _Task) -> None:
         errors = self._ray.exceptions
@@ -281,16 +331,34 @@ class Crew:
             raise of_node(exc, task.node) from exc
         except errors.RayError as exc:
             return self._lose(task, type(exc).__name__)
-        task.heard_at = time.monotonic()
+        task.heard_at, task.has_begun = time.monotonic(), True
         if news.is_last:
             del self._tasks[task.stream]
         if news.durable is not None or news.error is None:
             task.errand.heard(news)
+        if news.gpu_failure is not None and news.error is None:
+            self._leave_gpu(task.node, news.gpu_failure)
         if isinstance(news.error, Interrupted):  # it thought that it was to stop
             self._again(task, "it stopped")
+        elif type(news.error) is DeviceError and task.device != "cpu":
+            self._on_cpu.add(task.errand.name)
+            self._leave_gpu(task.node, reason(news.error))
+            self._again(task, reason(news.error), bench=False)
         elif news.error is not None:
             raise _placed(news.error, task.node)
         return None
+
+    def _leave_gpu(self, node: Node, why: str) -> None:
+        """Give no task the GPU of a node any more."""
+        if node.id in self._broken:
+            return
+        self._broken[node.id] = f"{node.name} ({why})"
+        if self._needs.device == "cuda":
+            self._rooms.pop(node.id, None)
+            self._tell(f"{node.name}: the GPU cannot be used ({why}). The node gets no more work.")
+        else:
+            self._rooms[node.id] = replace(self._rooms[node.id], gpus=0.0)
+            self._tell(f"{node.name}: the GPU cannot be used ({why}). The CPU computes there; the bytes are the same.")
 
     def _lose(self, task: _Task, why: str) -> None:
         del self._tasks[task.stream]
@@ -299,11 +367,11 @@ class Crew:
         self._asked_at = min(self._asked_at, time.monotonic() - NODES_EVERY_S)
         self._again(task, why)
 
-    def _again(self, task: _Task, why: str) -> None:
+    def _again(self, task: _Task, why: str, *, bench: bool = True) -> None:
         errand, name = task.errand, task.node.name
         errand.lost()
         self._attempts[errand.name] += 1
-        if why not in _WORKER_DIED:
+        if bench and why not in _WORKER_DIED:
             self._benched[task.node.id] = time.monotonic()
         if self._attempts[errand.name] >= ATTEMPTS:
             raise ClusterError(
@@ -318,10 +386,12 @@ class Crew:
         """Have all tasks stop, and hear what they have done until then; a second Ctrl-C cuts that short."""
         with suppress(KeyboardInterrupt):
             if self._revoke is not None:
-                self._revoke()
+                with suppress(OSError):  # the failure that stops the run is the one to tell
+                    self._revoke()
                 until = time.monotonic() + STOP_S
-                while self._tasks and time.monotonic() < until:
-                    self._hear_last(until)
+                with suppress(self._ray.exceptions.RayError):  # the cluster itself is gone
+                    while self._tasks and time.monotonic() < until:
+                        self._hear_last(until)
         for task in self._tasks.values():
             with suppress(Exception):
                 self._ray.cancel(task.stream, force=True)
@@ -344,7 +414,7 @@ class Crew:
 
 
 #: Deaths of a process that say nothing against its node.
-_WORKER_DIED = ("WorkerCrashedError", "OutOfMemoryError", "it stopped")
+_WORKER_DIED = ("WorkerCrashedError", "OutOfMemoryError")
 
 
 def on_node(ray: Any, node: Node) -> dict[str, Any]:
@@ -362,7 +432,7 @@ def of_node(error: Exception, node: Node) -> WeightkitError:
         return ClusterError(
             f"weightkit cannot be imported there ({cause})",
             where=node.name,
-            fix="Install the same version of weightkit on every node, for the Python that Ray was started with.",
+            fix=INSTALL,
         )
     told = str(cause if cause is not None else error).strip() or type(error).__name__
     return ClusterError(

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from weightkit.checkpoint import Reader
+from weightkit.checkpoint import LazyTensor, Reader
 from weightkit.checkpoint.stamp import Stamp
-from weightkit.cluster.news import Desk, News, tell
+from weightkit.cluster.news import UNUSABLE, Desk, News, reason, tell
 from weightkit.cluster.sight import SHARE, require_seen, require_version
-from weightkit.compute import CpuEngine, EngineSupply, StartingEngine, start_engine
-from weightkit.compute.engines import DeviceName
+from weightkit.compute import CpuEngine, Engine, EngineSupply, start_engine
+from weightkit.compute.engines import DeviceName, cuda_errors
 from weightkit.compute.starting import has_kernel
 from weightkit.durable import STATE_DIR, is_held
-from weightkit.errors import ClusterError
+from weightkit.errors import ClusterError, DeviceError
 from weightkit.writer.executor import disk_errors
 from weightkit.writer.files import AHEAD_BYTES, FileWriter
 from weightkit.writer.journal import Progress
@@ -46,6 +46,7 @@ class Order:
         partial: where it is filled.
         before: what an earlier attempt made durable there.
         stamps: of the source files that this one is made from.
+        device: ``auto`` takes the node's GPUs, and its CPU, which is told, where they cannot be used.
         endpoints: where addresses are asked for, as ``weightkit.remote.address.endpoints`` has it. Who asks is the
             node's own matter: no token travels.
     """
@@ -86,9 +87,12 @@ def _fill(order: Order, desk: Desk) -> str:
         disk_errors(target),
         Reader(order.stamps, ahead_bytes=AHEAD_BYTES, stop=desk.stop) as reader,
     ):
+        engine = _engine(order)
         desk.read_bytes = lambda: reader.bytes_read
-        writer = FileWriter(reader, _engine(order))
-        return writer.fill(order.partial, order.file, order.before, desk)
+        desk.gpu_failure = lambda: engine.failure if isinstance(engine, NodeEngine) else None
+        writer = FileWriter(reader, engine)
+        with _failing(engine):
+            return writer.fill(order.partial, order.file, order.before, desk)
 
 
 @contextmanager
@@ -106,22 +110,90 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-_engines: dict[DeviceName, EngineSupply] = {}
+class NodeEngine:
+    """The GPUs that Ray gave to this process: on the CPU until they are ready. See ``EngineSupply``.
+
+    Under ``auto`` the CPU also goes on where they cannot be used, which Ray cannot know: it counts what somebody said
+    that there is, or what lies in ``/dev``. CUDA that failed once is not asked again in the same process.
+    """
+
+    def __init__(self, device: DeviceName, work: Sequence[LazyTensor]) -> None:
+        self.device = device
+        self._failure: DeviceError | None = None
+        self._supply: EngineSupply = CpuEngine()
+        try:
+            self._supply = start_engine("cuda", work)
+        except DeviceError as exc:
+            self.fail(exc)
+        except Exception as exc:  # torch may not be there, or fail in any way
+            found = f"{type(exc).__name__}: {exc}".partition("\n")[0]
+            self.fail(DeviceError(UNUSABLE, where="--device", found=found, fix="Use --device cpu."))
+
+    @property
+    def failure(self) -> str | None:
+        """Why the CPU computes for good, in a few words; None while that is not known."""
+        if self._failure is None:
+            with suppress(DeviceError):
+                self.now()
+        return None if self._failure is None else reason(self._failure)
+
+    def now(self) -> Engine:
+        try:
+            if self._failure is None:
+                return self._supply.now()
+        except DeviceError as exc:
+            self.fail(exc)
+        if self._failure is not None and self.device == "cuda":
+            raise self._failure
+        return self._supply.now()
+
+    def fail(self, failure: DeviceError) -> None:
+        """From now on the CPU computes; under ``cuda``, nobody."""
+        if self._failure is None:
+            _log(f"The GPU cannot be used ({reason(failure)}).")
+        self._supply, self._failure = CpuEngine(), failure
+
+
+@contextmanager
+def _failing(engine: EngineSupply) -> Iterator[None]:
+    """A GPU that fails within is a ``DeviceError``, and not used again by this process."""
+    if not isinstance(engine, NodeEngine):
+        yield
+        return
+    try:
+        with _device_errors():
+            yield
+    except DeviceError as exc:
+        engine.fail(exc)
+        raise
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        if "torch" not in sys.modules:
+            raise
+        with cuda_errors("the GPU"):
+            raise
+
+
+#: One a process, which serves several tasks one after the other.
+_engines: dict[DeviceName, NodeEngine] = {}
 
 
 def _engine(order: Order) -> EngineSupply:
-    """One a process, which serves several tasks one after the other; the first that needs it starts it, with its own
-    kernels. However small a task's share of the work, more follow."""
+    """The first task that needs a GPU starts it, with its own kernels: however small its share of the work, more
+    follow."""
     work = order.file.computed
-    if not any(map(has_kernel, work)):
+    if order.device == "cpu" or not any(map(has_kernel, work)):
         return CpuEngine()
     if order.device not in _engines:
-        engine = _engines[order.device] = start_engine(order.device, work, worth_bytes=0)
-        if isinstance(engine, StartingEngine):
-            engine.tell(_log)
+        _engines[order.device] = NodeEngine(order.device, work)
     return _engines[order.device]
 
 
 def _log(line: str) -> None:
-    """Into the worker's log, which Ray keeps. A failure under ``cuda`` is the task's error besides."""
+    """Into the worker's log, which Ray keeps."""
     print(line, file=sys.stderr, flush=True)

@@ -10,11 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from weightkit.errors import Interrupted, WeightkitError
+from weightkit.errors import DeviceError, Interrupted, WeightkitError
 from weightkit.writer.journal import Progress
 
 #: Seconds between two news, and between two looks whether to go on.
 EVERY_S = 0.5
+UNUSABLE = "the GPU cannot be used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class News:
         kept_bytes: those of them that an earlier attempt had written.
         read_bytes: read so far.
         durable: how much of a written file is safe, where that is more than before.
+        gpu_failure: why the task computes on the CPU, though it was to take a GPU where there is one.
         result: what the task was for; with it, or an error, the task is over.
     """
 
@@ -33,6 +35,7 @@ class News:
     kept_bytes: int = 0
     read_bytes: int = 0
     durable: Progress | None = None
+    gpu_failure: str | None = None
     result: object = None
     error: WeightkitError | None = None
 
@@ -42,11 +45,13 @@ class News:
 
 
 class Desk:
-    """Where the work says how far it is; see ``weightkit.writer.files.Observer``. ``read_bytes`` is the work's own."""
+    """Where the work says how far it is; see ``weightkit.writer.files.Observer``. ``read_bytes`` and
+    ``gpu_failure`` are the work's own."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.read_bytes: Callable[[], int] = lambda: 0
+        self.gpu_failure: Callable[[], str | None] = lambda: None
         self._position = self._kept = 0
         self._durable: Progress | None = None
         self._lock = threading.Lock()
@@ -71,7 +76,7 @@ class Desk:
         """What there is to tell now."""
         with self._lock:
             durable, self._durable = self._durable, None
-        return News(self._position, self._kept, self.read_bytes(), durable, result, error)
+        return News(self._position, self._kept, self.read_bytes(), durable, self.gpu_failure(), result, error)
 
 
 def tell(work: Callable[[Desk], object], goes_on: Callable[[], bool]) -> Iterator[News]:
@@ -79,9 +84,12 @@ def tell(work: Callable[[Desk], object], goes_on: Callable[[], bool]) -> Iterato
 
     Args:
         work: returns the result, which is not None; a ``WeightkitError`` is told, any other error is raised.
-        goes_on: whether it is still wanted.
+        goes_on: whether it is still wanted. A task that begins late, on a node taken for dead, may not be.
     """
     desk = Desk()
+    if not goes_on():
+        yield desk.news(error=Interrupted("stopped"))
+        return
     outcome: list[object] = []
 
     def do() -> None:
@@ -109,3 +117,10 @@ def tell(work: Callable[[Desk], object], goes_on: Callable[[], bool]) -> Iterato
         raise ended
     else:
         yield desk.news(result=ended)
+
+
+def reason(failure: DeviceError) -> str:
+    """Why a GPU cannot be used, in a few words."""
+    if failure.found is None or failure.what == UNUSABLE:
+        return failure.found or failure.what
+    return f"{failure.what}: {failure.found}"

@@ -27,6 +27,7 @@ from weightkit.cluster.crew import of_node, on_node
 from weightkit.cluster.sight import SHARE, require_seen, require_version
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import ClusterError, DeviceError, Interrupted, RankError
+from weightkit.remote.address import endpoints
 
 #: How often a task passes on what its ranks print.
 EVERY_S = 0.5
@@ -175,7 +176,7 @@ def _environment(posts: Sequence[Post], port: int) -> dict[str, str]:
     """What torchrun sets for all ranks, and what of ours they need."""
     size = sum(post.count for post in posts)
     ours = {name: value for name, value in os.environ.items() if name.startswith(("WEIGHTKIT_", "NCCL_", "GLOO_"))}
-    return ours | {"MASTER_ADDR": posts[0].node.ip, "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    return ours | endpoints() | {"MASTER_ADDR": posts[0].node.ip, "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
 
 
 def _listen(ray: Any, streams: Mapping[Any, Post], say: Callable[[Said], None]) -> int:

@@ -11,12 +11,13 @@ from weightkit.errors import ClusterError, MissingFileError
 from weightkit.remote.address import is_address
 
 SHARE = "Source and target must lie on a filesystem that all nodes share, under the same paths."
+INSTALL = "Install the same version of weightkit on every node, for the Python that Ray was started with."
 
 
 def require_version(version: str) -> None:
     """Raise ``ClusterError`` where this is another weightkit: its bytes may be others."""
     if weightkit.__version__ != version:
-        raise ClusterError("another version of weightkit", expected=version, found=weightkit.__version__)
+        raise ClusterError("another version of weightkit", expected=version, found=weightkit.__version__, fix=INSTALL)
 
 
 def require_seen(stamps: Mapping[str, Stamp]) -> None:

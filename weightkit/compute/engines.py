@@ -304,12 +304,18 @@ class _OnDevice:
     def pin(self, memory: Bytes) -> Callable[[], None]:
         import torch
 
-        address, runtime = memory.ctypes.data, torch.cuda.cudart()
-        with torch.cuda.device(self._lane.device):
+        address, device, runtime = memory.ctypes.data, self._lane.device, torch.cuda.cudart()
+        with cuda_errors(device), torch.cuda.device(device):
             if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) != 0:
-                _forget_error(self._lane.device)
+                _forget_error(device)
                 return lambda: None  # the driver then copies by way of pinned memory of its own
-        return lambda: runtime.cudaHostUnregister(address)
+
+        def undo() -> None:
+            # on the device that knows the memory; one that has failed since is told of elsewhere
+            with suppress(RuntimeError), torch.cuda.device(device):
+                runtime.cudaHostUnregister(address)
+
+        return undo
 
 
 class CudaEngine:
@@ -325,7 +331,7 @@ class CudaEngine:
         import torch
 
         if not torch.cuda.is_available():
-            raise no_device()
+            raise no_device(f"torch {torch.__version__}")
         numbers = [torch.cuda.current_device()] if devices is None else devices
         self._devices = itertools.cycle([torch.device("cuda", number) for number in numbers])
         self._threads = threading.local()
@@ -430,15 +436,15 @@ def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 @contextmanager
-def cuda_errors(device: object) -> Iterator[None]:
+def cuda_errors(device: object, fix: str = "Use --device cpu.") -> Iterator[None]:
     """Say as a ``DeviceError`` what CUDA or Triton says of a device."""
     try:
         yield
     except Exception as exc:
         if not _is_devices(exc):
             raise
-        first = str(exc).partition("\n")[0]
-        raise DeviceError("the GPU failed", where=device, found=first, fix="Use --device cpu.") from exc
+        first = str(exc).partition("\n")[0].rstrip(".")
+        raise DeviceError("the GPU failed", where=device, found=first, fix=fix) from exc
 
 
 def _is_devices(error: Exception) -> bool:
@@ -452,9 +458,9 @@ def _is_devices(error: Exception) -> bool:
     return named or type(error).__name__ == "OutOfResources"
 
 
-def no_device() -> DeviceError:
-    """What to raise where there is no GPU."""
-    return DeviceError("no CUDA device is usable", where="--device", found="cuda", fix="Use --device cpu.")
+def no_device(found: str = "cuda") -> DeviceError:
+    """What to raise where there is no GPU. ``found`` is what shows that."""
+    return DeviceError("no CUDA device is usable", where="--device", found=found, fix="Use --device cpu.")
 
 
 def choose_engine(device: DeviceName = "auto") -> Engine:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable
@@ -127,8 +128,10 @@ def start_engine(
     if device == "auto":
         return StartingEngine(lambda: _open_any(samples), required=False)
     count = count_gpus()
-    if count == 0 or (count is not None and _torch_lacks_cuda()):
-        raise no_device()
+    if count == 0:
+        raise no_device(_what_cuda_says())
+    if count is not None and _torch_lacks_cuda():
+        raise no_device("no torch that was built with CUDA")
     if count is None:  # an AMD GPU, or none: only torch knows
         return choose_engine(device)
     return StartingEngine(lambda: _open(samples), required=True)
@@ -144,6 +147,18 @@ def count_gpus() -> int | None:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def _what_cuda_says() -> str:
+    """Why CUDA shows no GPU: its name for the error, or what hides them."""
+    with suppress(OSError, AttributeError):  # no driver, or an old one
+        driver, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_char_p()
+        code = driver.cuInit(0)
+        if code and driver.cuGetErrorName(code, ctypes.byref(name)) == 0 and name.value:
+            return f"{name.value.decode()} from cuInit"
+        if code:
+            return f"error {code} from cuInit"
+    return f"no device with CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
 
 
 def _torch_lacks_cuda() -> bool:
