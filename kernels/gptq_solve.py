@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from weightkit.kernels.gemm_plan import on_device
+
 BLOCK = 128
 """Columns that one launch rounds; their errors reach the columns before them in one product."""
 
@@ -188,9 +190,10 @@ def add_gram(hessian: torch.Tensor, rows: torch.Tensor) -> None:
     if _kernels_run(rows) and rows.dtype != torch.float32:
         tokens, k = rows.shape
         tiles = triton.cdiv(k, 128)
-        _gram_kernel[(tiles * (tiles + 1) // 2,)](
-            rows, hessian, tokens, k, BLOCK_K=128, BLOCK_T=64, num_warps=4, num_stages=4
-        )
+        with on_device(rows):
+            _gram_kernel[(tiles * (tiles + 1) // 2,)](
+                rows, hessian, tokens, k, BLOCK_K=128, BLOCK_T=64, num_warps=4, num_stages=4
+            )
         return
     wide = rows.float()
     hessian.addmm_(wide.T, wide)
@@ -238,7 +241,8 @@ def reorder(hessian: torch.Tensor, order: torch.Tensor, added: torch.Tensor) -> 
         return ordered
     k = len(hessian)
     out = torch.empty_like(hessian)
-    _reorder_kernel[(k, triton.cdiv(k, 1024))](hessian, order, out, added, k, BLOCK_I=1, BLOCK_J=1024)
+    with on_device(hessian):
+        _reorder_kernel[(k, triton.cdiv(k, 1024))](hessian, order, out, added, k, BLOCK_I=1, BLOCK_J=1024)
     return out
 
 
@@ -281,10 +285,11 @@ def round_columns(
     zero, top = 1 << (bits - 1), (1 << bits) - 1
     if _kernels_run(weight):
         block_n = 16
-        _round_columns_kernel[(triton.cdiv(n, block_n),)](
-            weight, target, scales, group_of, ratios, codes, errors, n, k, start, end - start,
-            ZERO=zero, TOP=top, BLOCK=BLOCK, BLOCK_N=block_n, num_warps=1,
-        )  # fmt: skip
+        with on_device(weight):
+            _round_columns_kernel[(triton.cdiv(n, block_n),)](
+                weight, target, scales, group_of, ratios, codes, errors, n, k, start, end - start,
+                ZERO=zero, TOP=top, BLOCK=BLOCK, BLOCK_N=block_n, num_warps=1,
+            )  # fmt: skip
         return
     for position in range(end - 1, start - 1, -1):
         scale = scales[group_of[position]]
@@ -322,11 +327,12 @@ def search_scales(weight: torch.Tensor, importance: torch.Tensor, *, group_size:
     if _kernels_run(weight) and group_size <= LARGEST_TILE:
         groups, block_n = triton.cdiv(k, group_size), 32
         scales = weight.new_empty(groups, n)
-        _search_scales_kernel[(triton.cdiv(n, block_n), groups)](
-            weight, importance, scales, n, group_size, k,
-            ZERO=zero, TOP=top, STEPS=SEARCH_STEPS, FLOOR=SEARCH_FLOOR, SMALLEST=SMALLEST_SCALE,
-            GROUP=triton.next_power_of_2(group_size), BLOCK_N=block_n, num_warps=4,
-        )  # fmt: skip
+        with on_device(weight):
+            _search_scales_kernel[(triton.cdiv(n, block_n), groups)](
+                weight, importance, scales, n, group_size, k,
+                ZERO=zero, TOP=top, STEPS=SEARCH_STEPS, FLOOR=SEARCH_FLOOR, SMALLEST=SMALLEST_SCALE,
+                GROUP=triton.next_power_of_2(group_size), BLOCK_N=block_n, num_warps=4,
+            )  # fmt: skip
         return scales
     grouped = _grouped(weight, group_size)
     counts = _grouped(importance[:, None], group_size)
