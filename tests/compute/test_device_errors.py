@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +65,61 @@ def test_memory_that_cannot_be_locked_leaves_no_error(code: int, monkeypatch: py
     strip.pin(memory)()
     assert undone == ([memory.ctypes.data] if code == 0 else [])
     assert forgotten == ([lane.device] if code else [])
+
+
+class Failed:
+    """What torch asks of a device that has failed."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_memory_is_locked_and_unlocked_on_the_strips_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads begin with the first device as their current one."""
+    events, current = list[object](), list[torch.device]()
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    def register(*_: object) -> int:
+        events.append(("lock", *current))
+        return 0
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=register, cudaHostUnregister=lambda _: events.append(("unlock", *current))
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    where = torch.device("cuda", 5)
+    strip = engines._OnDevice(SimpleNamespace(device=where), torch.zeros(8), None)  # type: ignore[arg-type]
+    undo = strip.pin(np.zeros(8, np.uint8))
+    undo()
+    assert events == [("lock", where), ("unlock", where)]
+
+
+def test_a_device_that_failed_is_told_of_when_memory_is_locked_not_when_it_is_unlocked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unlocking is what a failure ends with: it must not stand before what went wrong."""
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    lane = SimpleNamespace(device=torch.device("cuda", 1))
+    strip = engines._OnDevice(lane, torch.zeros(8), None)  # type: ignore[arg-type]
+    undo = strip.pin(np.zeros(8, np.uint8))
+    monkeypatch.setattr(torch.cuda, "device", Failed)
+    with pytest.raises(DeviceError, match="cuda:1: the GPU failed"):
+        strip.pin(np.zeros(8, np.uint8))
+    undo()
 
 
 def test_forgetting_an_error_raises_none(monkeypatch: pytest.MonkeyPatch) -> None:
