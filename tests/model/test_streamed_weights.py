@@ -21,9 +21,11 @@ from tiny import V3, V3_INT4, write_tiny
 
 from weightkit.checkpoint.direct import DirectReader, measure_read_rate
 from weightkit.checkpoint.tensors import size_bytes, stored_parts
-from weightkit.errors import GenerationError, MissingTensorError, SpaceError
+from weightkit.errors import FormatError, GenerationError, MissingTensorError, SpaceError
 from weightkit.layouts import open_checkpoint
-from weightkit.model import CheckpointWeights
+from weightkit.model import CheckpointWeights, streamed
+from weightkit.model.memory import Arena
+from weightkit.model.packed import Packed
 from weightkit.model.stores import Resident
 from weightkit.model.streamed import Streamed
 from weightkit.transforms import cast, shard
@@ -189,6 +191,70 @@ def test_closing_gives_memory_back_at_once(
             assert any(reference() is not None for reference in made)
         assert [reference() for reference in made if reference() is not None] == []
         assert (weights.kept_bytes, weights.host_kept_bytes) == (0, 0)
+    finally:
+        gc.enable()
+
+
+class Queue:
+    """Stands in for a GPU's queue of copies."""
+
+    def __init__(self, events: list[str], failed: bool) -> None:
+        self.events, self.failed = events, failed
+
+    def synchronize(self) -> None:
+        self.events.append("copies are done")
+        if self.failed:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_closing_on_a_gpu_waits_for_copies_and_empties_torchs_caches(
+    forms: dict[str, Path], failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver says how much is free to the next checkpoint: torch's caches of freed memory do not count. A device
+    that has failed hides nothing of it, nor what went wrong."""
+    events: list[str] = []
+
+    def empty_caches() -> None:
+        events.append("caches are emptied")
+        if failed:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(streamed, "empty_caches", empty_caches)
+    monkeypatch.setattr(Arena, "release", lambda arena: events.append("released"))
+    with CheckpointWeights(
+        open_checkpoint(forms["fp8"]), device="cpu", memory_bytes=400_000, host_bytes=400_000, stream=True
+    ) as weights:
+        weights.get(experts_of(1, [0])[0])
+        store = weights._store
+        assert isinstance(store, Streamed)
+        store._on_gpu, store._queue = True, Queue(events, failed)  # type: ignore[assignment]
+    assert events == ["copies are done", "released", "released", "caches are emptied"]
+
+
+def test_a_read_that_failed_keeps_no_memory_once_closed(
+    forms: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def allocate(self: Streamed, count: int) -> torch.Tensor:
+        made.append(weakref.ref(tensor := torch.empty(count, dtype=torch.uint8)))
+        return tensor
+
+    def fail(*_: object) -> None:
+        raise FormatError("the file ends early")
+
+    monkeypatch.setattr(Streamed, "_allocate_host", allocate)
+    monkeypatch.setattr(Packed, "read", fail)
+    gc.disable()
+    try:
+        with CheckpointWeights(
+            open_checkpoint(forms["fp8"]), device="cpu", memory_bytes=400_000, host_bytes=400_000, stream=True, jobs=1
+        ) as weights:
+            weights.prefetch(experts_of(1, [0]))
+        assert weights.is_open
+        assert made
+        assert [reference() for reference in made if reference() is not None] == []
     finally:
         gc.enable()
 

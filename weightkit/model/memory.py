@@ -27,6 +27,15 @@ def free_memory_bytes(device: torch.device) -> int:
     return available_memory_bytes()
 
 
+def empty_caches() -> None:
+    """Give back what torch keeps of freed memory, a GPU's and the pinned of the host: nobody else may have it, and who
+    asks for what is free is not told of it."""
+    torch.cuda.empty_cache()
+    empty_host = getattr(torch.accelerator, "empty_host_cache", None)  # the name that torch 2.11 has not got yet
+    if (empty_host := empty_host or getattr(torch._C, "_host_emptyCache", None)) is not None:
+        empty_host()
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """A part of an arena: ``size`` bytes from ``start`` in its chunk, both multiples of ``ALIGNMENT``."""

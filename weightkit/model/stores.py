@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from weightkit.checkpoint import LazyTensor
 from weightkit.compute import strips
 from weightkit.family import expert_of
 from weightkit.model.loading import Loader
+from weightkit.model.memory import empty_caches
 from weightkit.model.packed import Packed
 from weightkit.model.products import Products
 from weightkit.model.weights import Product
@@ -186,6 +188,9 @@ class Resident:
         self._pool.shutdown(cancel_futures=True)
         for held in (self._kept, self._ahead):
             held.clear()
+        if self._source.loader.device.type == "cuda":
+            with suppress(RuntimeError):  # of a device that has failed, as was said already
+                empty_caches()
 
     def _read_ahead(self) -> None:
         while len(self._ahead) < self._jobs and (queue := self._wanted or self._later):

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -16,7 +17,7 @@ from torch.nn.functional import linear
 
 from weightkit.errors import MissingTensorError
 from weightkit.family import expert_of, layer_of
-from weightkit.model.memory import Arena, Region, Shelf
+from weightkit.model.memory import Arena, Region, Shelf, empty_caches
 from weightkit.model.packed import Packed
 from weightkit.model.products import Form, Operands
 from weightkit.model.stores import CacheUse, Source, packed_units
@@ -172,10 +173,17 @@ class Streamed:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._entries.clear()
+        if self._queue is not None:
+            with suppress(RuntimeError):  # of a device that has failed, as was said already
+                self._queue.synchronize()  # copies to host memory that is about to be freed
+        for held in (self._entries, self._filling, self._leaving):  # a read that failed holds what it was to fill
+            held.clear()
         for shelf in (self._device, self._host):
             if shelf is not None:
                 shelf.arena.release()
+        if self._on_gpu:
+            with suppress(RuntimeError):
+                empty_caches()
 
     # --- products -----------------------------------------------------------------------------------------------------
 
