@@ -14,11 +14,12 @@ import torch
 from plain_kernels import PlainKernels
 from tiny import V3, V3_INT4, write_tiny
 
-from weightkit.errors import SpaceError
+from weightkit.errors import DeviceError, SpaceError
 from weightkit.generation import Runtime
 from weightkit.generation.memory import grouped_bytes
 from weightkit.generation.passes import run_pass
 from weightkit.layouts import open_checkpoint
+from weightkit.model.packed import Packed
 from weightkit.model.products import Products
 from weightkit.model.streamed import Streamed
 from weightkit.transforms import cast
@@ -101,6 +102,21 @@ def test_dequantize_refuses_the_kernels(path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     with Runtime(path, device="cpu", dtype="bf16") as runtime:
         assert torch.equal(found[True], runtime.prefill(PROMPTS[0], runtime.model.new_cache()))
+
+
+def test_a_gpu_whose_memory_runs_out_is_a_device_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the thread that computes, or in a reader's, where a copy fails."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.50 GiB.\nmore")
+
+    monkeypatch.setattr(Packed, "read", fail)
+    with (
+        opened(path) as runtime,
+        pytest.raises(DeviceError, match=r"3\.50 GiB\.\nName a smaller --gpu-memory") as raised,
+    ):
+        runtime.generate(PROMPTS[0], max_new_tokens=1)
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import torch
 
 from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.direct import measure_read_rate
-from weightkit.compute.engines import DeviceName
+from weightkit.compute.engines import DeviceName, cuda_errors
 from weightkit.errors import GenerationError, NonFiniteError, SpaceError, TokenizerError, WeightkitError, raise_all
 from weightkit.family import Architecture
 from weightkit.generation.memory import Budget, divide
@@ -306,6 +306,7 @@ class Runtime:
             TokenizerError: text for a checkpoint without tokenizer, or a chat template that fails.
             SpaceError: a memory budget that is too small.
             NonFiniteError: while reading the stream: NaN or Inf in logits.
+            DeviceError: while reading the stream: the GPU failed, or its memory ran out.
         """
         sampling = Sampling(temperature, top_p, seed)
         ids = self.encode(prompt, chat=chat, template_variables=template_variables)
@@ -491,9 +492,10 @@ class Runtime:
         watch: AfterLayer | None = None,
     ) -> torch.Tensor:
         """Logits [sequences, vocab] F32 after each; ``whens`` say for an error where in a text that is."""
-        hidden = run_pass(self.model, self.weights, sequences, most_tokens=PREFILL_TOKENS, after_layer=watch)
-        logits = self.model.logits(hidden)
-        finite = logits.isfinite().all(dim=-1).tolist()
+        with cuda_errors(self.weights.device, fix="Name a smaller --gpu-memory, or use --device cpu."):
+            hidden = run_pass(self.model, self.weights, sequences, most_tokens=PREFILL_TOKENS, after_layer=watch)
+            logits = self.model.logits(hidden)
+            finite = logits.isfinite().all(dim=-1).tolist()
         for (ids, cache), when, is_finite in zip(sequences, whens, finite, strict=True):
             if not is_finite:
                 self._raise_not_finite(torch.tensor([list(ids)]), cache, when)
