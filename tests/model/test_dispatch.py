@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers_oracle import V2, V2_LITE, V3
 
 from weightkit.family import Architecture
-from weightkit.model import Dispatch, Layer, MoE, Rope, TensorWeights, attention, mlp, model
+from weightkit.model import Dispatch, Layer, MoE, Parallel, Rope, TensorWeights, attention, mlp, model
 
 LAYER = "model.layers.1"
 PREFIX = f"{LAYER}.mlp"
@@ -74,6 +74,22 @@ def test_experts_are_the_sum_over_each_tokens_choice(config: dict[str, Any]) -> 
     found = moe.experts(x, ids, shares)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert torch.equal(moe.experts(x, ids, shares, moe.dispatch(ids)), found)
+
+
+class NoShare(Parallel):
+    """The part of a rank beyond the experts' number."""
+
+    alone = False
+
+    def share_of(self, count: int) -> range:
+        return range(count, count)
+
+
+def test_a_rank_without_experts_adds_zeros() -> None:
+    moe, x = build(V3), tokens(5)
+    ids, shares = moe.route(x)
+    moe.parallel = NoShare()
+    assert torch.equal(moe.experts(x, ids, shares), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

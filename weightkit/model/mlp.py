@@ -228,7 +228,7 @@ class MoE:
 
     def _together(self, dispatch: Dispatch, own: range) -> Groups | None:
         """What multiplies with the chosen of these experts at once, if it can, and if none has many tokens."""
-        weights, most = as_groups(self.weights), max(dispatch.counts[own.start : own.stop])
+        weights, most = as_groups(self.weights), max(dispatch.counts[own.start : own.stop], default=0)
         few = 0 < most <= GROUP_TOKENS and sum(dispatch.counts) <= GROUP_ROWS
         if self.observe is not None or not few or weights is None:
             return None
