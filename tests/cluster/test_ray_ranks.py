@@ -16,7 +16,7 @@ from tiny import V3, write_tiny
 
 from weightkit.cli.options import without
 from weightkit.cluster.connection import Node
-from weightkit.cluster.ranks import Ended, Order, run_ranks, share_out, start
+from weightkit.cluster.ranks import Ended, Order, Post, _environment, run_ranks, share_out, start
 from weightkit.errors import DeviceError, RankError
 from weightkit.manifests import load
 from weightkit.quantization import Settings, quantize
@@ -52,6 +52,14 @@ def test_who_gets_how_many(
 def test_more_ranks_than_room(ranks: int, device: str, complaint: str) -> None:
     with pytest.raises(DeviceError, match=complaint):
         share_out([node("0", 4, 8)], ranks, device)  # type: ignore[arg-type]
+
+
+def test_ranks_ask_for_remote_sources_where_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://there.example")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    found = _environment([Post(node("0", 4, 1), 0, 1)], 1234)
+    assert found["HF_ENDPOINT"] == "https://there.example"
+    assert "HF_TOKEN" not in found
 
 
 def test_the_ranks_own_command_line() -> None:

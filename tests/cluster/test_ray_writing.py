@@ -25,8 +25,8 @@ from tiny import MOONLIGHT, write_safetensors, write_tiny
 import weightkit as wk
 from weightkit.checkpoint import Checkpoint
 from weightkit.cluster import RayExecutor, RayReaders
-from weightkit.cluster.connection import Node, find, require_answer
-from weightkit.cluster.crew import Needs, require_room
+from weightkit.cluster.connection import Node, connect, find, require_answer
+from weightkit.cluster.crew import Crew, Needs, require_room
 from weightkit.errors import ClusterError, DeviceError, HeaderError, SpaceError
 from weightkit.layouts import FileSet
 from weightkit.manifests import load
@@ -297,6 +297,23 @@ def test_what_the_nodes_cannot_do(source: Path, address: str, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
     with pytest.raises(SpaceError, match="has the memory for one task"):
         require_room([Node("1", "small", "127.0.0.1", 4.0, 0.0, 1e8)], Needs(1 << 30), None)
+
+
+class Unknown:
+    """An argument that another weightkit has no class for."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return exec, ("from weightkit.checkpoint.stamp import Stump",)
+
+
+def test_another_weightkit_that_cannot_read_what_it_is_sent(address: str) -> None:
+    class Errand:
+        name, size_bytes = "file", 1
+
+    crew = Crew(connect(address), lambda order: iter(()), Needs(1), look=(lambda _: None, (Unknown(),)))
+    with pytest.raises(ClusterError, match=r"another weightkit \(.*cannot import name 'Stump'") as caught:
+        crew.carry_out([Errand()])  # type: ignore[list-item]
+    assert "Install the same version of weightkit on every node" in str(caught.value)
 
 
 def test_a_node_that_does_not_see_the_files(source: Path, address: str, tmp_path: Path) -> None:

@@ -417,6 +417,9 @@ class Crew:
 _WORKER_DIED = ("WorkerCrashedError", "OutOfMemoryError")
 
 
+_OTHER_CODE = ("cannot import name", "No module named", "Can't get attribute")
+
+
 def on_node(ray: Any, node: Node) -> dict[str, Any]:
     """Options of a task that runs there and nowhere else, once."""
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -435,6 +438,8 @@ def of_node(error: Exception, node: Node) -> WeightkitError:
             fix=INSTALL,
         )
     told = str(cause if cause is not None else error).strip() or type(error).__name__
+    if any(words in told for words in _OTHER_CODE):  # what Ray says where it cannot unpickle
+        return ClusterError(f"another weightkit ({told.splitlines()[0]})", where=node.name, fix=INSTALL)
     return ClusterError(
         f"{type(cause or error).__name__}: {told.splitlines()[0]}",
         where=node.name,
