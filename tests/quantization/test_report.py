@@ -452,7 +452,7 @@ def test_a_page_of_the_real_size(large: QuantizationReport) -> None:
     assert len(large.matrices) == 44_718
     start = time.perf_counter()
     text = render_page(large)
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 60
     assert len(text.encode()) < 2_000_000
     plots = svgs(text)
     tokens = list(heatmap_cells(plots["Tokens, by layer and expert"]))

@@ -165,7 +165,7 @@ def test_the_outbox_waits_for_what_is_not_there_yet() -> None:
         time.sleep(0.05)
         assert not taking.done()
         outbox.put("a", torch.ones(2, 2, dtype=torch.float16).T)
-        assert taking.result(5) == [b"\x00\x3c" * 4, b"\x00\0\0\0\x01\0\0\0\x02\0\0\0"]
+        assert taking.result(60) == [b"\x00\x3c" * 4, b"\x00\0\0\0\x01\0\0\0\x02\0\0\0"]
 
 
 def test_a_file_waits_until_it_is_allowed() -> None:
@@ -175,7 +175,7 @@ def test_a_file_waits_until_it_is_allowed() -> None:
         outbox.allow("another")
         assert not went_on.wait(0.05)
         outbox.allow("file")
-        waiting.result(5)
+        waiting.result(60)
     assert went_on.is_set()
 
 
@@ -188,5 +188,5 @@ def test_who_waits_when_it_closes_is_told() -> None:
         outbox.close()
         for future in waiting:
             with pytest.raises(Interrupted, match="stopped before it was"):
-                future.result(5)
+                future.result(60)
     assert len(outbox.take("there")) == 4

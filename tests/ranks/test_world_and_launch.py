@@ -75,7 +75,7 @@ time.sleep(60)
     started = time.monotonic()
     with pytest.raises(RankError, match=r"rank 1 of 3: ended by SIGKILL.*\n.*memory"):
         launch(3, python(code))
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50  # the others would sleep for 60 s
     for path in tmp_path.iterdir():
         assert not Path(f"/proc/{path.name}").exists()
 
