@@ -171,8 +171,8 @@ def legal_expert_counts(arch: Architecture) -> tuple[int, ...]:
     two best (``noaux_tc``, V3 on; V2 takes the best alone); the ``topk_group`` groups that a token may use must hold
     ``num_experts_per_tok`` experts.
     """
-    grouped = arch.topk_method != "greedy"
-    groups, usable = (arch.n_group, arch.topk_group) if grouped else (1, 1)
+    groups = arch.n_group  # a config that names groups must divide into them, although ``greedy`` looks past them
+    usable = groups if arch.topk_method == "greedy" else arch.topk_group
     fewest = 2 if arch.has_router_bias else 1
     per_group = range(fewest, arch.n_routed_experts // groups + 1)
     return tuple(groups * kept for kept in per_group if usable * kept >= arch.num_experts_per_tok)
