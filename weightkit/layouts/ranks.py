@@ -34,6 +34,7 @@ from weightkit.family import (
     Expected,
     blueprint,
     demo_arguments,
+    expert_of,
     expert_ranges,
     in_demo,
     is_mtp,
@@ -124,7 +125,9 @@ def gather(
         for name, tensor in stored_tensors(folder / ranks.name(rank), header).items():
             held.setdefault(name, {})[rank] = tensor
     tensors: dict[str, LazyTensor] = {}
-    problems: list[WeightkitError] = []
+    problems: list[WeightkitError] = _misplaced(folder, headers, ranks, expected)
+    if problems:
+        return tensors, problems
     for demo_name, parts in held.items():
         try:
             name = to_published(demo_name)
@@ -134,6 +137,30 @@ def gather(
         except WeightkitError as problem:
             problems.append(problem)
     return tensors, problems
+
+
+def _misplaced(
+    folder: Path, headers: list[Header], ranks: RankSet, expected: Mapping[str, Expected]
+) -> list[WeightkitError]:
+    """Files that hold another rank's experts: they were renamed, and their parts would be joined in a wrong order."""
+    count = 1 + max((item.expert for item in expected.values() if item.expert is not None), default=-1)
+    if ranks.size > count:
+        return []
+    owned = expert_ranges(count, ranks.size)
+    found: list[WeightkitError] = []
+    for rank, header in enumerate(headers):
+        held = {expert for entry in header.entries if (expert := expert_of(entry.name)) is not None}
+        if strangers := sorted(held - set(owned[rank])):
+            found.append(
+                CheckpointError(
+                    "a rank's file that holds experts of another rank",
+                    where=folder / ranks.name(rank),
+                    expected=f"experts {owned[rank][0]} to {owned[rank][-1]}",
+                    found=f"expert {strangers[0]}" + (f" and {len(strangers) - 1} more" if strangers[1:] else ""),
+                    fix="Give the files their own ranks' names again, or write the set again.",
+                )
+            )
+    return found
 
 
 def _join(name: str, parts: Mapping[int, Stored], ranks: int, expected: Expected, replicas_of: int) -> LazyTensor:
