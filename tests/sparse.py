@@ -45,7 +45,8 @@ def write_sparse(
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(dict(config)))
+    kind = "DeepseekV2ForCausalLM" if config["model_type"] == "deepseek_v2" else "DeepseekV3ForCausalLM"
+    (folder / "config.json").write_text(json.dumps({"architectures": [kind], **config}))
     for name, text in (side_files or {}).items():
         (folder / name).write_text(text)
     return total

@@ -19,6 +19,10 @@ JSON_NAMES = (
     "tokenizer.json",
     DEMO_CONFIG_NAME,
     QUANTIZE_CONFIG_NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
 )
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 TEMPLATE_NAME = "chat_template.jinja"

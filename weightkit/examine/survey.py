@@ -92,7 +92,9 @@ def survey(path: Path) -> Survey:
     if sets := _rank_sets(path):
         return _survey_ranks(path, sets)
     if (path / SINGLE_NAME).exists():
-        return _survey_files(path, [SINGLE_NAME], "single file", _unfinished(path))
+        others = [name for name in _weight_files(path) if name != SINGLE_NAME]
+        beside = _unlisted(path, others, f"a safetensors file beside {SINGLE_NAME}, and no index")
+        return _survey_files(path, [SINGLE_NAME], "single file", [*_unfinished(path), *beside])
     return _survey_without_index(path)
 
 
@@ -117,15 +119,19 @@ def _survey_published(folder: Path) -> Survey:
         return _survey_files(folder, _weight_files(folder), "published", [*problems, index])
     scan = scan_safely(folder, dict.fromkeys(index.weight_map.values()))
     problems += [*scan.problems, *_with_fix(index_problems(scan, index, path), FETCH_INDEX)]
-    problems += [
+    problems += _unlisted(folder, unlisted_files(folder, index), "a safetensors file that the index does not name")
+    return Survey(folder, folder, "published", scan, index, None, False, True, tuple(problems))
+
+
+def _unlisted(folder: Path, names: Iterable[str], what: str) -> list[WeightkitError]:
+    return [
         CheckpointError(
-            "a safetensors file that the index does not name",
+            what,
             where=folder / name,
             fix="Loaders that read every file would load it too: move it away, or fetch the index that names it.",
         )
-        for name in unlisted_files(folder, index)
+        for name in names
     ]
-    return Survey(folder, folder, "published", scan, index, None, False, True, tuple(problems))
 
 
 def _survey_ranks(folder: Path, sets: list[RankSet]) -> Survey:

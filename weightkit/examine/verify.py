@@ -21,6 +21,7 @@ from weightkit.examine.checksums import (
 )
 from weightkit.examine.declared import Declared, read_declared, reconcile
 from weightkit.examine.gptq_values import IntegerScan, wishes
+from weightkit.examine.loaders import config_problems, demo_problems, generation_problems
 from weightkit.examine.replicas import Digests, Replicas, spans_of
 from weightkit.examine.report import Check, Report
 from weightkit.examine.sides import side_problems
@@ -231,7 +232,20 @@ class _Run:
         problems, notes = side_problems(self.survey.folder, own)
         self.problems += problems
         self.notes += notes
+        self._check_loaders(own)
         self._did("side files", "code named by auto_map, JSON files")
+
+    def _check_loaders(self, own: Mapping[str, object] | None) -> None:
+        """What no tensor tells, held against the architecture that the tensors have."""
+        arch, folder = self.arch or self.declared.arch, self.survey.folder
+        if arch is None:
+            return
+        if own is not None:
+            self.problems += config_problems(own, arch, self.declared.where)
+        self.problems += generation_problems(folder, arch)
+        if self.survey.ranks is not None:
+            fp8 = any(entry.dtype == "F8_E4M3" for _, entry in self.survey.held())
+            self.problems += demo_problems(folder, arch, fp8=fp8)
 
     def check_data(
         self, *, quick: bool, values: bool, jobs: int | None, readers: Readers | None, progress: bool

@@ -44,6 +44,7 @@ _V4_REASON = (
     "DeepSeek-V4 names its tensors otherwise (layers.N.attn.wq_a), keeps its scales in F8_E8M0 and packs "
     "its experts as FP4 in I8, none of which weightkit reads"
 )
+_ACTIVATIONS = ("silu", "swish")
 _DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -118,7 +119,7 @@ class Architecture:
         architecture = _read(cls, reader, member)
         if architecture is None or reader.problems:
             raise _config_error(reader.problems, where)
-        _refuse_unsupported_fields(architecture, where)
+        _refuse_unsupported_fields(architecture, config, where)
         return architecture
 
     @property
@@ -335,9 +336,25 @@ def _rope(reader: _Reader) -> tuple[float, Mapping[str, object] | None]:
     scaling = reader.mapping("rope_scaling") if parameters is None else parameters
     inner_theta = parameters is not None and "rope_theta" in parameters
     theta = reader.number("rope_theta", default=10000.0, source=parameters if inner_theta else None)
-    if scaling is not None and scaling.get("rope_type", scaling.get("type")) in (None, "default"):
+    kind = None if scaling is None else scaling.get("rope_type", scaling.get("type"))
+    if kind in (None, "default"):
         scaling = None
+    if scaling is not None and kind == "yarn":
+        _check_yarn(reader, scaling)
     return theta, scaling
+
+
+def _check_yarn(reader: _Reader, scaling: Mapping[str, object]) -> None:
+    """What every reader computes the frequencies from; the other fields have defaults."""
+    if scaling.get("factor") is None:
+        reader.problems.append("rope_scaling.factor: missing, and YaRN needs it")
+    else:
+        reader.number("factor", source=scaling)
+    original = scaling.get("original_max_position_embeddings")
+    if original is not None and not (type(original) is int and 0 < original <= MAX_SIZE):
+        reader.problems.append(
+            f"original_max_position_embeddings: expected a positive integer, found {str(original)[:80]}"
+        )
 
 
 def _quantization(reader: _Reader) -> Quantization | None:
@@ -394,8 +411,17 @@ def _config_error(problems: Sequence[str], where: str) -> ConfigError:
     )
 
 
-def _refuse_unsupported_fields(arch: Architecture, where: str) -> None:
+def _refuse_unsupported_fields(arch: Architecture, config: Mapping[str, object], where: str) -> None:
     """Fields that the configuration classes allow and no published member uses."""
+    activation = config.get("hidden_act")
+    if activation not in (None, *_ACTIVATIONS):
+        raise UnsupportedError(
+            "another activation function than all published members of the family have",
+            where=f"{where}: hidden_act",
+            expected=_ACTIVATIONS[0],
+            found=activation,
+            fix="Check that config.json belongs to this checkpoint.",
+        )
     if arch.attention_bias:
         raise UnsupportedError(
             "attention_bias is true, which no published member of the family has",
