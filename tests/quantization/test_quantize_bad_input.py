@@ -312,6 +312,18 @@ def test_activations_in_host_memory_give_the_same_bytes(
     assert weight_files(folder / "here") == weight_files(folder / "there")
 
 
+def test_a_gpu_that_fails_is_no_defect(
+    folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    write_tiny(folder / "source", SMALL)
+    monkeypatch.setattr(Solver, "solve", fail)
+    message = refused("--device", "cpu")
+    assert message.startswith("cpu: the GPU failed: found CUDA error: an illegal memory access was encountered.\nRun")
+
+
 # --- disk -------------------------------------------------------------------------------------------------------------
 
 

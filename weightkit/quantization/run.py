@@ -17,6 +17,7 @@ import triton
 import weightkit
 from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.checkpoint import stored_tensors
+from weightkit.compute.engines import cuda_errors
 from weightkit.durable import STATE_DIR, only_writer
 from weightkit.errors import FormatError, Interrupted, MissingFileError, SpaceError, WeightkitError, WriteError
 from weightkit.model import Layer, Rope, Rotation
@@ -80,10 +81,11 @@ def carry_out(job: Job, *, progress: bool = True, force: bool = False) -> Outcom
     Raises:
         TargetError, SpaceError, WriteError: as the writer; SpaceError also where a GPU's memory runs out.
         QuantizationError: weights or activations that are not finite.
+        DeviceError: a GPU that fails on the way.
         Interrupted: by Ctrl-C; the next run continues.
     """
     started, outbox, is_first = time.monotonic(), Outbox(), job.ranks.rank == 0
-    with ExitStack() as stack, torch.no_grad(), _said_clearly(job):
+    with ExitStack() as stack, torch.no_grad(), cuda_errors(job.device, fix=CONTINUE), _said_clearly(job):
         run, refused = None, None
         try:
             run = _begun(job, outbox, stack, progress=progress, force=force) if is_first else None
