@@ -24,7 +24,7 @@ from tiny import MOONLIGHT, write_safetensors, write_tiny
 
 import weightkit as wk
 from weightkit.checkpoint import Checkpoint
-from weightkit.cluster import RayExecutor, RayReaders
+from weightkit.cluster import RayExecutor, RayReaders, crew
 from weightkit.cluster.connection import Node, connect, find, require_answer
 from weightkit.cluster.crew import Crew, Needs, require_room
 from weightkit.errors import ClusterError, DeviceError, HeaderError, SpaceError
@@ -299,6 +299,23 @@ def test_what_the_nodes_cannot_do(source: Path, address: str, tmp_path: Path) ->
         require_room([Node("1", "small", "127.0.0.1", 4.0, 0.0, 1e8)], Needs(1 << 30), None)
 
 
+def test_a_task_that_waits_for_others_is_told_of(
+    source: Path,
+    address: str,
+    stripped: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(crew, "BEGIN_S", 0.3)
+    busy = ray.remote(lambda: time.sleep(2)).options(num_cpus=2).remote()
+    wait_for("the CPUs are taken", lambda: not ray.available_resources().get("CPU"))
+    wk.write(wk.strip_mtp(wk.open_checkpoint(source)), tmp_path / "out", executor=RayExecutor(address))
+    ray.get(busy)
+    assert tree(tmp_path / "out") == stripped
+    assert capfd.readouterr().err.count("waits to begin there. Others may use the CPUs") == 1
+
+
 class Unknown:
     """An argument that another weightkit has no class for."""
 
@@ -310,9 +327,9 @@ def test_another_weightkit_that_cannot_read_what_it_is_sent(address: str) -> Non
     class Errand:
         name, size_bytes = "file", 1
 
-    crew = Crew(connect(address), lambda order: iter(()), Needs(1), look=(lambda _: None, (Unknown(),)))
+    asked = Crew(connect(address), lambda order: iter(()), Needs(1), look=(lambda _: None, (Unknown(),)))
     with pytest.raises(ClusterError, match=r"another weightkit \(.*cannot import name 'Stump'") as caught:
-        crew.carry_out([Errand()])  # type: ignore[list-item]
+        asked.carry_out([Errand()])  # type: ignore[list-item]
     assert "Install the same version of weightkit on every node" in str(caught.value)
 
 
