@@ -318,7 +318,10 @@ def _launch(
     tiles = triton.cdiv(n, config.columns) * token_tiles
     split = split_of(config, tiles, triton.cdiv(inputs, config.depth), x.device)
     parts = out if split.parts == 1 else torch.empty((split.parts, rows, n), dtype=torch.float32, device=x.device)
-    stages = stages_of(config, config.depth * (config.tokens * x.element_size() + config.columns), x.device)
+    step_bytes = config.depth * (config.tokens * x.element_size() + config.columns)
+    # tensor cores take no F32: then weights go by way of shared memory
+    beside_bytes = config.depth * config.columns * 4 if x.dtype == torch.float32 else 0
+    stages = stages_of(config, step_bytes, x.device, beside_bytes)
     with on_device(x):
         _matrix_kernel[(tiles, split.parts)](
             x, codes[0].view(torch.uint8), scales[0], parts.view(BITS_DTYPE[parts.dtype]),

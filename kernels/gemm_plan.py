@@ -93,9 +93,10 @@ def config_of_jobs(
     return replace(config, splits=split_of(config, tiles, steps, device).parts)
 
 
-def stages_of(config: TileConfig, step_bytes: int, device: torch.device) -> int:
-    """``config.num_stages``, or as many as fit the device's shared memory where a step takes ``step_bytes`` of it."""
-    return max(1, min(config.num_stages, _shared_bytes(device) // max(step_bytes, 1)))
+def stages_of(config: TileConfig, step_bytes: int, device: torch.device, beside_bytes: int = 0) -> int:
+    """``config.num_stages``, or as many as fit the device's shared memory where a step takes ``step_bytes`` of it, and
+    all of them together ``beside_bytes`` more."""
+    return max(1, min(config.num_stages, (_shared_bytes(device) - beside_bytes) // max(step_bytes, 1)))
 
 
 @lru_cache(maxsize=16)

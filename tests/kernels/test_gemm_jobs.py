@@ -85,3 +85,32 @@ def test_a_launch_of_few_jobs_would_split_otherwise() -> None:
     cpu = torch.device("cpu")
     for module in (int4_gemm, fp8_gemm):
         assert module.experts_config([1], (N, K), cpu).splits > module.experts_config(COUNTS, (N, K), cpu).splits
+
+
+@pytest.mark.parametrize("shared_bytes", [99 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize("tokens", [1, 32, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_fp8_tile_fits_the_shared_memory(
+    shared_bytes: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the compiler gave for all of these: buffers for a step fewer than stages, or for all on Hopper, the
+    weights of a step in F32, and up to a KiB for scales. F32, 32 tokens and four stages took 104.8 KiB."""
+    launched = list[int]()
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *_, num_stages, **__: launched.append(num_stages)
+
+    monkeypatch.setattr(gemm_plan, "_shared_bytes", lambda _: shared_bytes)
+    monkeypatch.setattr(gemm_plan, "_processors", lambda _: 132)
+    monkeypatch.setattr(fp8_gemm, "_matrix_kernel", Kernel())
+    monkeypatch.setattr(fp8_gemm, "_sum_parts", lambda *_: None)
+    monkeypatch.setattr(fp8_gemm, "interpreted", lambda: False)
+    x = torch.empty(tokens, 7168, dtype=dtype, device="meta")
+    codes = torch.empty(2048, 7168, dtype=torch.uint8, device="meta")
+    fp8_gemm._launch(x, [codes], [torch.empty(16, 56, device="meta")], None, None, None)
+    (stages,), config = launched, fp8_gemm.choose_config(tokens)
+    step = config.depth * (config.tokens * dtype.itemsize + config.columns)
+    weights = config.depth * config.columns * 4 if dtype == torch.float32 else 0
+    buffers = stages if shared_bytes > 200 << 10 else stages - 1
+    assert buffers * step + weights + 1024 <= shared_bytes
