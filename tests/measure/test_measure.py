@@ -107,6 +107,11 @@ def test_an_unlinked_file_where_the_system_makes_none_without_a_name(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_machine_too_busy_to_begin_in_time_is_measured_all_the_same(tmp_path: Path) -> None:
+    found = disk.measure_disk(tmp_path, jobs=2, seconds=0, most_bytes=128 << 20)
+    assert min(found.read, found.write, found.both_read, found.both_write) > 0
+
+
 def test_killed_it_leaves_nothing(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from weightkit.measure.disk import measure_disk as m\n"
     code += "print(1, flush=True); m(Path(sys.argv[1]), jobs=2, seconds=60, most_bytes=64 << 20)"

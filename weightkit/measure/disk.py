@@ -96,7 +96,7 @@ def _both(files: list[_Scratch], seconds: float) -> tuple[float, float]:
     deadline = started + seconds
 
     def read(file: _Scratch) -> int:
-        done = 0
+        done = file.read_next()
         while time.perf_counter() < deadline:
             done += file.read_next()
         return done
@@ -132,10 +132,10 @@ class _Scratch:
         os.close(self._file)
 
     def write_until(self, deadline: float, *, again: bool = False) -> int:
-        """Write from the front until the time or the file is through, then sync; ``again``: from the front again.
-        Returns the bytes written."""
+        """Write a piece at least, from the front until the time or the file is through, then sync; ``again``: from the
+        front again. Returns the bytes written."""
         done = 0
-        while time.perf_counter() < deadline and (again or done < self.size):
+        while not done or (time.perf_counter() < deadline and (again or done < self.size)):
             self._write(done % self.size)
             done += PIECE_BYTES
         self._written = max(self._written, min(done, self.size))
