@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 from weightkit.checkpoint import LazyTensor, Reader
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.cluster.news import UNUSABLE, Desk, News, reason, tell
-from weightkit.cluster.sight import SHARE, require_seen, require_version
+from weightkit.cluster.sight import SHARE, require_build, require_seen
 from weightkit.compute import CpuEngine, Engine, EngineSupply, start_engine
 from weightkit.compute.engines import DeviceName, cuda_errors
 from weightkit.compute.starting import has_kernel
@@ -60,14 +60,14 @@ class Order:
     endpoints: Mapping[str, str]
 
 
-def look(place: Place, stamps: Mapping[str, Stamp], version: str) -> None:
+def look(place: Place, stamps: Mapping[str, Stamp], expected: str) -> None:
     """Whether this node can do the work.
 
     Raises:
         ClusterError: another weightkit, or a target or sources that are not what the process with the plan sees.
         WriteError: the target cannot be written to from here.
     """
-    require_version(version)
+    require_build(expected)
     if not place.is_held:
         raise ClusterError("this node does not see the target", where=place.target, fix=SHARE)
     require_seen(stamps)

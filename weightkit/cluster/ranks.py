@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import weightkit
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.cluster.connection import Node, connect, nodes
 from weightkit.cluster.crew import of_node, on_node
-from weightkit.cluster.sight import SHARE, require_seen, require_version
+from weightkit.cluster.sight import SHARE, require_build, require_seen
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import ClusterError, DeviceError, Interrupted, RankError
 from weightkit.remote.address import endpoints
+from weightkit.version import build
 
 #: How often a task passes on what its ranks print.
 EVERY_S = 0.5
@@ -119,7 +119,7 @@ def start(
     on_gpus = device != "cpu" and any(post.node.gpus for post in posts)
     folder = Path.cwd()
     looked = [
-        ray.remote(look).options(num_cpus=0, **on_node(ray, post.node)).remote(folder, sources, weightkit.__version__)
+        ray.remote(look).options(num_cpus=0, **on_node(ray, post.node)).remote(folder, sources, build())
         for post in posts
     ]
     for post, answer in zip(posts, looked, strict=True):
@@ -217,9 +217,9 @@ def _next(ray: Any, stream: Any, post: Post, failed: Ended) -> list[Said] | Ende
 # --- what runs on a node ----------------------------------------------------------------------------------------------
 
 
-def look(folder: Path, sources: Mapping[str, Stamp], version: str) -> int:
+def look(folder: Path, sources: Mapping[str, Stamp], expected: str) -> int:
     """A free port of this node, where it can do the work. Raises ``ClusterError``."""
-    require_version(version)
+    require_build(expected)
     if not folder.is_dir():
         raise ClusterError("this node does not see the folder that the command runs in", where=folder, fix=SHARE)
     require_seen(sources)

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import weightkit
 from weightkit.checkpoint.stamp import Stamp, stamp_file
 from weightkit.cluster.connection import connect
 from weightkit.cluster.crew import Crew, Needs
 from weightkit.cluster.news import Desk, News, tell
-from weightkit.cluster.sight import require_seen, require_version
+from weightkit.cluster.sight import require_build, require_seen
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import PlanError, WeightkitError
 from weightkit.examine.replicas import Digests
 from weightkit.examine.stream import CHUNK_BYTES, Reading, read_one
 from weightkit.progress import Progress as ProgressBar
+from weightkit.version import build
 
 #: Of a worker's process: Python and Ray, and what consumers hold of a file.
 MEMORY_BYTES = (512 << 20) + CHUNK_BYTES
@@ -47,7 +47,7 @@ class RayReaders:
                 read_file,
                 Needs(MEMORY_BYTES),
                 jobs=self.jobs,
-                look=(look, (stamps, weightkit.__version__)),
+                look=(look, (stamps, build())),
                 tell=bar.tell,
             ).carry_out(errands)
         return [problem for errand in errands for problem in errand.problems]
@@ -94,9 +94,9 @@ class _Reading:
 # --- what runs on a node ----------------------------------------------------------------------------------------------
 
 
-def look(stamps: Mapping[str, Stamp], version: str) -> None:
+def look(stamps: Mapping[str, Stamp], expected: str) -> None:
     """Whether this node can do the work. Raises ``ClusterError``."""
-    require_version(version)
+    require_build(expected)
     require_seen(stamps)
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import weightkit
 from weightkit.checkpoint.stamp import Stamp, stamp_file
 from weightkit.errors import ClusterError, MissingFileError
 from weightkit.remote.address import is_address
+from weightkit.version import build
 
 SHARE = "Source and target must lie on a filesystem that all nodes share, under the same paths."
-INSTALL = "Install the same version of weightkit on every node, for the Python that Ray was started with."
+INSTALL = "Install the same weightkit on every node, for the Python that Ray was started with."
 
 
-def require_version(version: str) -> None:
+def require_build(expected: str) -> None:
     """Raise ``ClusterError`` where this is another weightkit: its bytes may be others."""
-    if weightkit.__version__ != version:
-        raise ClusterError("another version of weightkit", expected=version, found=weightkit.__version__, fix=INSTALL)
+    if build() != expected:
+        raise ClusterError("another weightkit", expected=expected, found=build(), fix=INSTALL)
 
 
 def require_seen(stamps: Mapping[str, Stamp]) -> None:

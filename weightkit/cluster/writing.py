@@ -7,7 +7,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import weightkit
 from weightkit.checkpoint.tensors import LazyTensor, Stored, stored_parts
 from weightkit.cluster.connection import connect, nodes
 from weightkit.cluster.crew import Crew, Needs, require_room
@@ -16,6 +15,7 @@ from weightkit.cluster.news import News
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import PlanError
 from weightkit.remote.address import endpoints, is_address
+from weightkit.version import build
 from weightkit.writer.executor import Run, peak_memory_bytes
 from weightkit.writer.plan import Plan, PlannedFile
 
@@ -63,7 +63,7 @@ class RayExecutor:
             self.work,
             self._needs(plan),
             jobs=self.jobs,
-            look=(look, (place, stamps, weightkit.__version__)),
+            look=(look, (place, stamps, build())),
             revoke=run.hold.revoke,
             tell=run.bar.tell,
         )

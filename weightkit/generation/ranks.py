@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 
-import weightkit
 from weightkit.checkpoint import Checkpoint
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import CheckpointError, DeviceError, PlanError, Problems, SpaceError, WeightkitError, raise_all
@@ -33,6 +32,7 @@ from weightkit.ranks import World
 from weightkit.ranks.failures import leave_quietly, together
 from weightkit.ranks.ranks import Ranks
 from weightkit.units import counted, human_bytes
+from weightkit.version import build
 
 T = TypeVar("T")
 
@@ -269,7 +269,7 @@ def require_memory(runtime: Runtime, tokens: int, options: Mapping[str, Any]) ->
 
 
 def _versions() -> str:
-    return f"weightkit {weightkit.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"weightkit {build()}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def _digest(checkpoint: Checkpoint) -> str:
