@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,16 @@ import torch
 from tiny import V3, V3_INT4, write_tiny
 
 import weightkit as wk
+from weightkit.checkpoint.reading import Bytes
 from weightkit.checkpoint.tensors import BlockQuantized, Cast, Dequantized, LazyTensor, Stored, size_bytes
 from weightkit.compute import CpuEngine, Engine, StartingEngine, evaluate, start_engine, starting
+from weightkit.compute.engines import DeviceName, Scales
 from weightkit.errors import DeviceError
 from weightkit.layouts import lay_out_published
 from weightkit.transforms import cast_to_fp8
 from weightkit.writer import make_plan
+
+Say = Callable[[str], None]
 
 
 def fp8(rows: int, columns: int) -> Dequantized:
@@ -33,7 +38,7 @@ LARGE = [fp8(2048, 2048)] * 4096  # 34 GB of BF16
 def test_the_cpu_until_the_gpu_is_ready() -> None:
     ready, gpu = threading.Event(), CpuEngine()
 
-    def open_gpu() -> Engine:
+    def open_gpu(say: Say) -> Engine:
         assert ready.wait(10)
         return gpu
 
@@ -47,7 +52,7 @@ def test_the_cpu_until_the_gpu_is_ready() -> None:
     assert engine.now() is gpu
 
 
-def broken() -> Engine:
+def broken(say: Say) -> Engine:
     raise RuntimeError("driver too old\nand more")
 
 
@@ -65,9 +70,9 @@ def test_a_gpu_that_was_asked_for_and_fails_is_an_error_at_the_next_use() -> Non
 def test_a_gpu_that_fails_under_auto_is_told_once(before: bool) -> None:
     fail, told = threading.Event(), list[str]()
 
-    def open_gpu() -> Engine:
+    def open_gpu(say: Say) -> Engine:
         fail.wait(10)
-        return broken()
+        return broken(say)
 
     engine = StartingEngine(open_gpu, required=False)
     if before:
@@ -82,8 +87,61 @@ def test_a_gpu_that_fails_under_auto_is_told_once(before: bool) -> None:
     ]
 
 
+class SomeGpus(CpuEngine):
+    """GPUs of which some are broken."""
+
+    broken: set[int]
+
+    def __init__(self, devices: Sequence[int]) -> None:
+        super().__init__()
+        self.devices = list(devices)
+
+    def dequantize(self, weight: Bytes, scale: Scales, dtype: str) -> Bytes:
+        if broken := self.broken & set(self.devices):
+            raise DeviceError("the GPU failed", where=f"cuda:{min(broken)}", found="CUDA error: uncorrectable ECC")
+        return super().dequantize(weight, scale, dtype)
+
+
+@pytest.fixture
+def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(starting, "count_gpus", lambda: 8)
+    monkeypatch.setattr(starting, "_torch_lacks_cuda", lambda: False)
+    monkeypatch.setattr(starting, "has_driver", lambda: True)
+    monkeypatch.setattr(starting, "CudaEngine", SomeGpus)
+
+
+@pytest.mark.usefixtures("eight_gpus")
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_one_broken_gpu_of_eight_is_told_and_left_out(device: DeviceName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SomeGpus, "broken", {3}, raising=False)
+    engine, told = start_engine(device, LARGE), list[str]()
+    assert isinstance(engine, StartingEngine)
+    engine.wait(10)
+    engine.tell(told.append)
+    working = engine.now()
+    assert isinstance(working, SomeGpus)
+    assert working.devices == [0, 1, 2, 4, 5, 6, 7]
+    assert told == [
+        "GPU 3 cannot be used (the GPU failed, found CUDA error: uncorrectable ECC). The others compute; the bytes"
+        " are the same."
+    ]
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_eight_broken_gpus_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SomeGpus, "broken", set(range(8)), raising=False)
+    engine, told = start_engine("auto", LARGE), list[str]()
+    assert isinstance(engine, StartingEngine)
+    engine.wait(10)
+    engine.tell(told.append)
+    assert not isinstance(engine.now(), SomeGpus)
+    assert [message.partition(" (")[0] for message in told] == ["The GPU cannot be used"]
+
+
 def test_none_is_no_failure() -> None:
-    engine, told = StartingEngine(lambda: None, required=False), list[str]()
+    engine, told = StartingEngine(lambda say: None, required=False), list[str]()
     engine.tell(told.append)
     engine.wait(10)
     assert isinstance(engine.now(), CpuEngine)
@@ -110,7 +168,7 @@ def test_what_the_version_file_of_torch_says() -> None:
 def test_auto_starts_a_gpu_for_what_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = list[list[LazyTensor]]()
     monkeypatch.setattr(starting, "has_driver", lambda: True)
-    monkeypatch.setattr(starting, "_open_any", opened.append)
+    monkeypatch.setattr(starting, "_open_any", lambda samples, say: opened.append(samples))
     assert isinstance(start_engine("auto", [fp8(7168, 2048)]), CpuEngine)
     assert isinstance(start_engine("cpu", LARGE), CpuEngine)
     assert isinstance(start_engine("auto", [Cast(Stored("a", 0, "BF16", (1 << 20, 1 << 20)), "F32")]), CpuEngine)
@@ -158,7 +216,7 @@ def test_an_exit_waits_for_no_more_than_a_step() -> None:
     code = """
 import time
 from weightkit.compute import starting
-def open_gpu():
+def open_gpu(say):
     for _ in range(600):
         time.sleep(0.1)
         starting._require_wanted()

@@ -10,8 +10,9 @@ import importlib.util
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,16 +52,17 @@ class StartingEngine:
     """The CPU at once, and from when it is ready on what ``open_gpu`` returns. See ``EngineSupply``.
 
     Args:
-        open_gpu: run in a thread of its own; it asks ``still_wanted`` now and then. None where there is no GPU.
+        open_gpu: run in a thread of its own, with what says something to the user. None where there is no GPU.
         required: whether ``now`` raises its failure; otherwise that is told, and the CPU goes on.
     """
 
-    def __init__(self, open_gpu: Callable[[], Engine | None], *, required: bool) -> None:
+    def __init__(self, open_gpu: Callable[[Callable[[str], None]], Engine | None], *, required: bool) -> None:
         self._cpu: Engine = CpuEngine()
         self._open, self._required = open_gpu, required
         self._gpu: Engine | None = None
         self._failure: BaseException | None = None
         self._tell: Callable[[str], None] | None = None
+        self._untold: list[str] = []
         self._telling = threading.Lock()
         # Python waits for it at its exit: a thread that is cut off within CUDA or LLVM takes the process down
         self._thread = threading.Thread(target=self._run, name="weightkit-gpu-start")
@@ -71,7 +73,7 @@ class StartingEngine:
             return self._gpu
         if self._failure is not None and self._required:
             raise DeviceError(
-                "the GPU cannot be used", where="--device", found=self._reason, fix="Use --device cpu."
+                "the GPU cannot be used", where="--device", found=_reason(self._failure), fix="Use --device cpu."
             ) from self._failure
         return self._cpu
 
@@ -80,32 +82,35 @@ class StartingEngine:
         self._thread.join(timeout_s)
 
     def tell(self, tell: Callable[[str], None]) -> None:
-        """Where to say, once, that the GPU failed and the CPU goes on."""
+        """Where to say, once, that a GPU failed and what goes on without it."""
         with self._telling:
             self._tell = tell
-        self._tell_failure()
-
-    @property
-    def _reason(self) -> str:
-        if isinstance(self._failure, DeviceError):
-            return ", ".join(filter(None, (self._failure.what, self._failure.facts)))
-        return f"{type(self._failure).__name__}: {self._failure}".partition("\n")[0]
+        self._say()
 
     def _run(self) -> None:
         try:
-            self._gpu = self._open()
+            self._gpu = self._open(self._say)
         except _Unwanted:
             return
         except BaseException as exc:  # a driver, torch or Triton may fail in any way
             self._failure = exc
-            self._tell_failure()
+            if not self._required:
+                self._say(f"The GPU cannot be used ({_reason(exc)}). The CPU computes; the bytes are the same.")
 
-    def _tell_failure(self) -> None:
+    def _say(self, *messages: str) -> None:
         with self._telling:
-            if self._failure is None or self._required or self._tell is None:
+            self._untold += messages
+            if self._tell is None:
                 return
-            tell, self._tell = self._tell, None
-        tell(f"The GPU cannot be used ({self._reason}). The CPU computes; the bytes are the same.")
+            told, self._untold, tell = self._untold, [], self._tell
+        for message in told:
+            tell(message)
+
+
+def _reason(failure: BaseException | None) -> str:
+    if isinstance(failure, DeviceError):
+        return ", ".join(filter(None, (failure.what, failure.facts)))
+    return f"{type(failure).__name__}: {failure}".partition("\n")[0]
 
 
 def start_engine(
@@ -126,7 +131,7 @@ def start_engine(
         return CpuEngine()
     samples = _samples(tensors)
     if device == "auto":
-        return StartingEngine(lambda: _open_any(samples), required=False)
+        return StartingEngine(partial(_open_any, samples), required=False)
     count = count_gpus()
     if count == 0:
         raise no_device(_what_cuda_says())
@@ -134,7 +139,7 @@ def start_engine(
         raise no_device("no torch that was built with CUDA")
     if count is None:  # an AMD GPU, or none: only torch knows
         return choose_engine(device)
-    return StartingEngine(lambda: _open(samples), required=True)
+    return StartingEngine(partial(_open, samples), required=True)
 
 
 def count_gpus() -> int | None:
@@ -183,32 +188,44 @@ def _require_wanted() -> None:
         raise _Unwanted
 
 
-def _open_any(samples: Iterable[LazyTensor]) -> Engine | None:
+def _open_any(samples: Sequence[LazyTensor], say: Callable[[str], None]) -> Engine | None:
     """As ``_open``; None where CUDA shows no GPU, or where there is none of NVIDIA's and torch sees no other."""
     count = count_gpus()
     if count is None:
         import torch
 
         count = torch.cuda.device_count()
-    return _open(samples) if count else None
+    return _open(samples, say) if count else None
 
 
-def _open(samples: Iterable[LazyTensor]) -> Engine:
-    """All GPUs, with the kernels that the samples need. Raises ``DeviceError``."""
+def _open(samples: Sequence[LazyTensor], say: Callable[[str], None]) -> Engine:
+    """All GPUs that work, with the kernels that the samples need. Raises ``DeviceError`` where none does."""
     import torch
 
     _require_wanted()
     if not torch.cuda.is_available():
         found = f"torch {torch.__version__}"
         raise DeviceError("torch cannot use the GPU", where="--device", found=found, fix="Use --device cpu.")
-    devices = range(torch.cuda.device_count())
-    for number in devices:
-        one = CudaEngine([number])
-        for sample in samples:
-            _require_wanted()
-            with suppress(ScaleError):  # of a GPTQ strip whose groups zeros do not name
-                evaluate(sample, _Zeros(), one)
-    return CudaEngine(devices)
+    working, failures = list[int](), dict[int, DeviceError]()
+    for number in range(torch.cuda.device_count()):
+        try:
+            _try_out(CudaEngine([number]), samples)
+            working.append(number)
+        except DeviceError as exc:
+            failures[number] = exc
+    if not working:
+        raise next(iter(failures.values()))
+    for number, failure in failures.items():
+        say(f"GPU {number} cannot be used ({_reason(failure)}). The others compute; the bytes are the same.")
+    return CudaEngine(working)
+
+
+def _try_out(engine: Engine, samples: Sequence[LazyTensor]) -> None:
+    """Load the kernels, and see that they run."""
+    for sample in samples:
+        _require_wanted()
+        with suppress(ScaleError):  # of a GPTQ strip whose groups zeros do not name
+            evaluate(sample, _Zeros(), engine)
 
 
 def _samples(tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
