@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gemm_cases import compiled
 
 from weightkit.errors import PlanError
 from weightkit.kernels import fp8_quant
@@ -171,26 +174,136 @@ def test_the_kernel_is_launched_on_the_device_of_the_values(monkeypatch: pytest.
     assert events[1:] == [(6,), "left"]
 
 
+def hard_blocks(dtype: torch.dtype, columns: int, tiny: float = 2.0**-120) -> torch.Tensor:
+    """Few codes, zeros first, one value that no scale explains, powers of two, zeros of both signs, extremes."""
+    generator = torch.Generator().manual_seed(11)
+    rows = [from_fp8(dtype, 128, columns, seed=seed) for seed in range(7)]
+    rows[0] = torch.randint(-2, 3, (128, columns), generator=generator).to(dtype) * 0.5
+    rows[1][:8] = -0.0
+    rows[2][127, ::128] *= 1.01
+    rows[3] = (rows[3].float() * 0).to(dtype)
+    codes = torch.randint(0, 0x7E, (128, columns), dtype=torch.uint8, generator=generator)
+    rows[4] = dequantized(codes, torch.full((1, -(-columns // 128)), 0.25), dtype)
+    if dtype != torch.float16:
+        rows[5] = rows[5] * tiny
+        rows[6] = rows[6] * 2.0**120
+    return torch.cat(rows)
+
+
+def blocks_of_each_candidate() -> torch.Tensor:
+    """BF16 blocks of codes with each of the eight significands as the largest, zeros of both signs, small codes."""
+    generator = torch.Generator().manual_seed(12)
+    blocks = []
+    for candidate in fp8_quant.CANDIDATES:
+        codes = torch.randint(0, 0x7E, (128, 128), dtype=torch.uint8, generator=generator)
+        codes[3:] %= 0x28  # subnormal codes among them, and zeros
+        codes = torch.where(fp8_quant.decode_e4m3(codes) > candidate, codes - 8, codes)
+        codes[0, 0] = fp8_quant.encode_e4m3(torch.tensor([candidate]))
+        codes |= torch.randint(0, 2, (128, 128), dtype=torch.uint8, generator=generator) << 7
+        scale = torch.rand(1, 1, generator=generator) * 0.01 + 1e-4
+        blocks.append(dequantized(codes, scale, torch.bfloat16))
+    blocks.append(blocks[0].clone())
+    blocks[-1][127, 127] = 1.01 * blocks[0].abs().max() / 2  # the sample promises a scale that this one denies
+    return torch.cat(blocks, dim=1)
+
+
 INTERPRETED = """
 import sys; sys.path.insert(0, {tests!r})
 import torch
 import test_fp8_quant as t
 from weightkit.kernels import fp8_quant
+
+def check(values, name):
+    for power in (False, True):
+        got, wanted = fp8_quant.quantize(values, power_of_two=power), t.on_cpu(values, power)
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1]), (name, values.dtype, power)
+
 for dtype in t.DTYPES:
-    for values in t.cases(dtype):
-        for power in (False, True):
-            got, wanted = fp8_quant.quantize(values, power_of_two=power), t.on_cpu(values, power)
-            assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1]), (dtype, power)
+    for i, values in enumerate(t.cases(dtype)):
+        check(values, i)
+check(t.hard_blocks(torch.bfloat16, 136, 2.0**-60), "hard")  # subnormal BF16 is not converted rightly here
+check(t.blocks_of_each_candidate(), "candidates")
+check(t.from_fp8(torch.bfloat16, 130, 135), "odd width")
+check(t.from_fp8(torch.bfloat16, 130, 136).view(-1)[1:17409].view(128, 136), "odd address")
 print("equal")
 """
 
 
-def test_the_kernel_equals_it_too_as_the_interpreter_runs_it() -> None:
+FRACTIONS = """
+import itertools, torch, triton, triton.language as tl
+from weightkit.kernels import fp8_quant
+
+@triton.jit
+def kernel(ends, sizes, above, below, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    bound = fp8_quant._bound(tl.load(ends + i, mask=i < n, other=8.0), tl.load(sizes + i, mask=i < n, other=8.0))
+    numerator, denominator = fp8_quant._fraction(bound)
+    tl.store(above + i, numerator, mask=i < n)
+    tl.store(below + i, denominator, mask=i < n)
+
+ends, sizes = zip(*itertools.product([(2 * w + d) * 2.0**-30 for w in range(128, 256) for d in (-1, 1)],
+                                     [m * 2.0**e for m in range(8, 16) for e in (-12, -9, 0, 5)]))
+ends, sizes = torch.tensor(ends), torch.tensor(sizes)
+above, below = torch.zeros_like(ends), torch.zeros_like(ends)
+kernel[(1,)](ends, sizes, above, below, len(ends), 8192)
+assert torch.equal(above.double() * sizes.double(), below.double() * ends.double())
+print("exact")
+"""
+
+
+def test_the_kernel_equals_it_too_as_the_interpreter_runs_it(tmp_path: Path) -> None:
     code = INTERPRETED.format(tests=os.path.dirname(__file__))  # noqa: PTH120
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+    assert interpreted(code, tmp_path) == "equal"
+
+
+def test_ends_of_intervals_are_told_apart_exactly(tmp_path: Path) -> None:
+    """All that there are of BF16 and E4M3, of which the kernel keeps an approximation and the significand."""
+    assert interpreted(FRACTIONS, tmp_path) == "exact"
+
+
+def interpreted(code: str, folder: Path) -> str:
+    path = folder / "code.py"
+    path.write_text(code)  # Triton reads kernels' source
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_a_scale_that_gives_a_value_back_gives_its_code() -> None:
+    """Why the codes by which the kernel checks a scale are the block's: all codes, both signs, many scales."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]
+    generator = torch.Generator().manual_seed(13)
+    mantissas = torch.cat([torch.randint(0, 1 << 23, (4000,), generator=generator), torch.arange(-40, 40) % (1 << 23)])
+    scales = ((117 << 23) + mantissas).to(torch.int32).view(torch.float32)[:, None]
+    values = (fp8_quant.decode_e4m3(codes) * scales).to(torch.bfloat16).float()
+    assert torch.equal(fp8_quant.encode_e4m3((values / scales).clamp(-448, 448)), codes.expand(len(scales), -1))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "power_of_two"),
+    [(80, torch.bfloat16, False), (80, torch.float32, True), (89, torch.bfloat16, False), (90, torch.bfloat16, False),
+     (90, torch.bfloat16, True), (90, torch.float16, False)],
+)  # fmt: skip
+def test_it_compiles_without_a_gpu(capability: int, dtype: torch.dtype, power_of_two: bool) -> None:
+    """Through to machine code, with the conversions and packed loads that a GPU of this capability has."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET is set")
+    brain, fp8 = dtype == torch.bfloat16, capability >= 89
+    options = {name: value for name, value in fp8_quant._OPTIONS.items() if name.isupper()}
+    constants: dict[str, object] = options | {
+        "MANTISSA": fp8_quant._MANTISSA_BITS[dtype], "LEAST": fp8_quant._LEAST_EXPONENT[dtype],
+        "POWER_OF_TWO": power_of_two, "PAIRS": brain, "FP8": fp8, "BLOCK": 128, "PART": 4,
+    }  # fmt: skip
+    element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    pointers = {"values": element, "codes": "*u8", "scales": "*fp32"}
+    ptx = compiled(fp8_quant._quantize_kernel, constants, pointers, capability, fp8_quant._OPTIONS["num_warps"], 3)
+    assert ("e4m3x2" in ptx) == (brain and fp8)
+    assert ("max.NaN.xorsign.abs.bf16x2" in ptx) == (brain and fp8)
+    if brain:
+        assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+        assert re.search(r"st\.global\S*\.v[24]\.b(16|32)", ptx)
 
 
 @pytest.mark.gpu
@@ -209,20 +322,13 @@ def test_the_kernel_equals_it_too_on_a_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_that_a_sample_says_too_little_of(dtype: torch.dtype) -> None:
-    """Few codes, zeros first, one value that no scale explains, powers of two, zeros of both signs, extremes."""
-    generator = torch.Generator().manual_seed(11)
-    rows = [from_fp8(dtype, 128, 1000, seed=seed) for seed in range(7)]
-    rows[0] = torch.randint(-2, 3, (128, 1000), generator=generator).to(dtype) * 0.5
-    rows[1][:8] = -0.0
-    rows[2][127, ::128] *= 1.01
-    rows[3] = (rows[3].float() * 0).to(dtype)
-    rows[4] = dequantized(
-        torch.randint(0, 0x7E, (128, 1000), dtype=torch.uint8, generator=generator), torch.full((1, 8), 0.25), dtype
-    )
-    if dtype != torch.float16:
-        rows[5] = rows[5] * 2.0**-120
-        rows[6] = rows[6] * 2.0**120
-    values = torch.cat(rows)
+    values = hard_blocks(dtype, 1000)
+    if dtype == torch.bfloat16:
+        assert_equal_on_a_gpu(blocks_of_each_candidate())
+    assert_equal_on_a_gpu(values)
+
+
+def assert_equal_on_a_gpu(values: torch.Tensor) -> None:
     for power in (False, True):
         codes, scales = fp8_quant.quantize(values.cuda(), power_of_two=power)
         wanted = on_cpu(values, power)
