@@ -37,10 +37,13 @@ _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 _LEAST_EXPONENT = {torch.bfloat16: 1, torch.float16: 113, torch.float32: 1}
 """Of a normal number, biased as in F32."""
 
-_OPTIONS = {"VECTOR": 8, "PROBE": 32, "SAMPLE": 2, "num_warps": 4, "maxnreg": 128}
+_OPTIONS = {"VECTOR": 8, "PROBE": 32, "SAMPLE": 2, "maxnreg": 128}
 """Of the kernel: codes a thread stores at once; values of the first row that candidates are tried with, and rows that a
-scale comes of. Chosen by counting instructions of the code for sm_90: 4 warps share what is done once a block, and 128
-registers suffice. A block is read again for each step, from the cache: held in registers it spills."""
+scale comes of. A block is read again for each step, from the cache: held in registers it spills."""
+
+_WARPS = {True: 4, False: 8}
+"""With FP8 in hardware: what is done once a block is then shared by 128 values a thread, not 64. Chosen by counting the
+instructions of compiled code. Without it, more values than 64 need more registers than there are."""
 
 
 # --- kernel -----------------------------------------------------------------------------------------------------------
@@ -473,7 +476,7 @@ def quantize(
             values, codes, scales, rows, columns,
             MANTISSA=_MANTISSA_BITS[values.dtype], LEAST=_LEAST_EXPONENT[values.dtype],
             POWER_OF_TWO=power_of_two, PAIRS=_in_pairs(values, codes), FP8=fp8, BLOCK=BLOCK,
-            PART=4 if values.is_cuda else BLOCK, **_OPTIONS,
+            PART=4 if values.is_cuda else BLOCK, num_warps=_WARPS[fp8], **_OPTIONS,
         )  # fmt: skip
     return codes, scales
 

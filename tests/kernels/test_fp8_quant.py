@@ -292,13 +292,14 @@ def test_it_compiles_without_a_gpu(capability: int, dtype: torch.dtype, power_of
         pytest.skip("TRITON_INTERPRET is set")
     brain, fp8 = dtype == torch.bfloat16, capability >= 89
     options = {name: value for name, value in fp8_quant._OPTIONS.items() if name.isupper()}
-    constants: dict[str, object] = options | {
+    constants: dict[str, object] = {
+        **options,
         "MANTISSA": fp8_quant._MANTISSA_BITS[dtype], "LEAST": fp8_quant._LEAST_EXPONENT[dtype],
         "POWER_OF_TWO": power_of_two, "PAIRS": brain, "FP8": fp8, "BLOCK": 128, "PART": 4,
     }  # fmt: skip
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     pointers = {"values": element, "codes": "*u8", "scales": "*fp32"}
-    ptx = compiled(fp8_quant._quantize_kernel, constants, pointers, capability, fp8_quant._OPTIONS["num_warps"], 3)
+    ptx = compiled(fp8_quant._quantize_kernel, constants, pointers, capability, fp8_quant._WARPS[fp8], 3)
     assert ("e4m3x2" in ptx) == (brain and fp8)
     assert ("max.NaN.xorsign.abs.bf16x2" in ptx) == (brain and fp8)
     if brain:
