@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 
 from weightkit.errors import PlanError, ScaleError
 from weightkit.kernels import fp8_dequant
+from weightkit.kernels.conversions import decode_e4m3, encode, interpreted, nearest_bf16
 from weightkit.kernels.gemm_plan import (
     BITS_DTYPE,
     DEQUANT_TOKENS,
@@ -37,6 +38,7 @@ from weightkit.kernels.gemm_plan import (
     split_of,
     stages_of,
 )
+from weightkit.kernels.partial_sums import sum_parts
 
 BLOCK = 128
 """Rows and columns of a weight that share a scale."""
@@ -54,55 +56,7 @@ def choose_config(tokens: int) -> TileConfig:
     return TileConfig(128, columns=128, depth=64, num_warps=8, num_stages=3, weights_left=True)
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels (on CPU tensors), as ``TRITON_INTERPRET=1`` asks at import."""
-    return not isinstance(_matrix_kernel, triton.runtime.JITFunction)
-
-
 # --- kernels ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _decode_e4m3(code):
-    """uint8 codes -> their F32 values, exactly. As in ``fp8_dequant``, where it is explained."""
-    bits = (code.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
-    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
-    return (value * 7.476907478789996e35) * 0.0 + value  # 1.125 * 2**119, with which NaN's 480 alone overflows
-
-
-@triton.jit
-def _rounded(value, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    """F32 -> BF16, to nearest even, in the dtype of the activations; F32 where the interpreter multiplies."""
-    if HARDWARE:
-        nearest = value.to(tl.bfloat16)
-        if KIND == "F16":
-            nearest = nearest.to(tl.float32).to(tl.float16)
-        elif KIND == "F32":
-            nearest = nearest.to(tl.float32)
-    else:
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        nearest = tl.where(value != value, value, bits.to(tl.float32, bitcast=True))
-        if KIND == "F16":
-            nearest = nearest.to(tl.float16).to(tl.float32)
-    return nearest
-
-
-@triton.jit
-def _store(out, value, mask, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    """F32 to the bits of the output's dtype, rounded to nearest even; the interpreter would truncate to BF16."""
-    if KIND == "BF16":
-        if HARDWARE:
-            bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
-        else:
-            bits = value.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            bits = tl.where(value != value, 0x7FFF, bits).to(tl.int16)
-    elif KIND == "F16":
-        bits = value.to(tl.float16).to(tl.int16, bitcast=True)
-    else:
-        bits = value.to(tl.int32, bitcast=True)
-    tl.store(out, bits, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "total_rows", "steps", "scale_columns"])
@@ -174,32 +128,17 @@ def _matrix_kernel(
             values = tl.load(inputs + first, mask=present & (k_of_x < K - first), other=0)
             factor = tl.load(factors + first // BLOCK, mask=(flat_n < N) & (first < K), other=0.0)
         factor = factor[:, None] if LEFT else factor[None, :]
-        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE else _decode_e4m3(code)
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE else decode_e4m3(code)
         if not HARDWARE:
             values = values.to(tl.float32)
-        weight = _rounded(value * factor, KIND, HARDWARE)
+        weight = nearest_bf16(value * factor, KIND, HARDWARE)
         if LEFT:
             total = tl.dot(weight, values, total, input_precision="ieee")
         else:
             total = tl.dot(values, weight, total, input_precision="ieee")
 
     at = out + (split.to(tl.int64) * total_rows + first_out + token) * N + n
-    _store(at, total, present & known, OUT_KIND, HARDWARE)
-
-
-@triton.jit
-def _sum_kernel(
-    parts, out, numbers,
-    KIND: tl.constexpr, HARDWARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """parts [SPLITS, numbers] F32 -> out [numbers]: in this order, whatever ran when."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
-    total = tl.load(parts + place, mask=inside, other=0.0)
-    for _ in tl.static_range(1, SPLITS):
-        parts += numbers
-        total += tl.load(parts + place, mask=inside, other=0.0)
-    _store(out + place, total, inside, KIND, HARDWARE)
+    tl.store(at, encode(total, OUT_KIND, HARDWARE), mask=present & known)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -333,7 +272,7 @@ def _launch(
             **_options(KINDS[x.dtype], _converts_fp8(x.device), config),
         )  # fmt: skip
         if split.parts > 1:
-            _sum_parts(parts, out)
+            sum_parts(parts, out)
     return out
 
 
@@ -349,15 +288,6 @@ def _options(kind: str, converts_fp8: bool, config: TileConfig) -> dict[str, Any
         "DEPTH": config.depth,
         "BLOCK": BLOCK,
     }
-
-
-def _sum_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
-    numbers, block = out.numel(), 128 if out.numel() < 1 << 18 else 1024
-    _sum_kernel[(triton.cdiv(numbers, block),)](
-        parts, out.view(BITS_DTYPE[out.dtype]), numbers,
-        KIND=KINDS[out.dtype], HARDWARE=not interpreted() and torch.version.hip is None,
-        SPLITS=len(parts), BLOCK=block, num_warps=4,
-    )  # fmt: skip
 
 
 def _converts_fp8(device: torch.device) -> bool:

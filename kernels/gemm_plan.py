@@ -1,7 +1,4 @@
-"""What ``int4_gemm`` and ``fp8_gemm`` share on the host: shapes of tiles, parts of a sum, the list of a launch's jobs.
-
-No kernels: those of one file are interpreted together or not at all, so each of the two keeps its own.
-"""
+"""What ``int4_gemm`` and ``fp8_gemm`` share on the host: shapes of tiles, parts of a sum, a launch's list of jobs."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from weightkit.errors import PlanError, ScaleError
+from weightkit.kernels.conversions import encode, interpreted
 
 NAN_BITS = {torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF, torch.float32: 0x7FFFFFFF}
 """Output dtype -> the one NaN pattern written."""
@@ -57,11 +58,6 @@ class TileConfig:
 
 
 DEFAULT_CONFIG = TileConfig()
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernel (on CPU tensors), as ``TRITON_INTERPRET=1`` asks at import."""
-    return not isinstance(_dequant_kernel, triton.runtime.JITFunction)
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
@@ -187,28 +183,6 @@ def _codes_per_word(bits: int) -> int:
 
 
 @triton.jit
-def _encode(value, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    """F32 -> the bits of the output dtype, rounded to nearest even, NaN as the one pattern. As in ``fp8_dequant``,
-    which this file does not import: a kernel and what it calls are interpreted together or not at all."""
-    if KIND == "BF16":
-        if HARDWARE:
-            bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
-        else:
-            bits = value.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            bits = tl.where(value != value, 0x7FFF, bits).to(tl.int16)
-    elif KIND == "F16":
-        bits = value.to(tl.float16).to(tl.int16, bitcast=True)
-        if not HARDWARE:
-            bits = tl.where(value != value, 0x7FFF, bits).to(tl.int16)
-    else:
-        bits = value.to(tl.int32, bitcast=True)
-        if not HARDWARE:
-            bits = tl.where(value != value, 0x7FFFFFFF, bits)
-    return bits
-
-
-@triton.jit
 def _either(left, right):
     """For ``tl.reduce``: its ready-made sums and maxima are not interpreted where this file alone is."""
     return left | right
@@ -270,7 +244,7 @@ def _dequant_kernel(
         column = across[:, None, None]
         code = (tl.trans(words)[:, :, None] >> (j * BITS)[None, None, :]) & LARGEST
         zero = _zero_of(zero, n0 + across, BITS, OFFSET)
-        bits = _encode(_difference(code, zero[:, None, None]) * scale[:, None, None], KIND, HARDWARE)
+        bits = encode(_difference(code, zero[:, None, None]) * scale[:, None, None], KIND, HARDWARE)
         inside = (column < n_left) & (down[None, :, None] < r_left)
         out = out_start + column * K + within[None, :, :]
         tl.store(out, bits, mask=inside, cache_modifier=".cs" if STREAMING else "")
@@ -286,7 +260,7 @@ def _dequant_kernel(
             word = tl.load(words_start + down[None, :, None] * N + place, mask=wide, other=0)
             code = (word >> (j * BITS)[None, None, :]) & LARGEST
             value = _difference(code, _zero_of(stored, n0 + place, BITS, OFFSET)) * factor
-            tl.store(out_start + place * K + within[None, :, :], _encode(value, KIND, HARDWARE), mask=wide)
+            tl.store(out_start + place * K + within[None, :, :], encode(value, KIND, HARDWARE), mask=wide)
 
 
 # --- launcher ---------------------------------------------------------------------------------------------------------

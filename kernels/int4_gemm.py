@@ -33,6 +33,7 @@ from torch.nn.functional import linear, pad
 
 from weightkit.errors import PlanError, ScaleError
 from weightkit.kernels import gptq_format
+from weightkit.kernels.conversions import encode, interpreted, nearest_bf16
 from weightkit.kernels.gemm_plan import (
     BITS_DTYPE,
     DEQUANT_TOKENS,
@@ -48,6 +49,7 @@ from weightkit.kernels.gemm_plan import (
     split_of,
     stages_of,
 )
+from weightkit.kernels.partial_sums import sum_parts
 
 _ONE_GROUP_SHIFT = 31  # word rows shifted by this are 0: group_size -1
 
@@ -61,30 +63,7 @@ def choose_config(tokens: int) -> TileConfig:
     return TileConfig(128, columns=128, depth=16, num_warps=8, num_stages=3, weights_left=True)
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels (on CPU tensors), as ``TRITON_INTERPRET=1`` asks at import."""
-    return not isinstance(_matrix_kernel, triton.runtime.JITFunction)
-
-
 # --- kernels ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _rounded(value, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    """F32 -> BF16, to nearest even, in the dtype of the activations; F32 where the interpreter multiplies."""
-    if HARDWARE:
-        nearest = value.to(tl.bfloat16)
-        if KIND == "F16":
-            nearest = nearest.to(tl.float32).to(tl.float16)
-        elif KIND == "F32":
-            nearest = nearest.to(tl.float32)
-    else:
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        nearest = tl.where(value != value, value, bits.to(tl.float32, bitcast=True))
-        if KIND == "F16":
-            nearest = nearest.to(tl.float16).to(tl.float32)
-    return nearest
 
 
 @triton.jit
@@ -102,24 +81,7 @@ def _weight(
     held = words >> (BITS * J - PLACE)
     number = (held & (((1 << BITS) - 1) << PLACE)) | 0x4B000000
     difference = number.to(tl.float32, bitcast=True) - (8388608.0 + ZERO * (1 << PLACE))
-    return _rounded(difference * (scale * (1.0 / (1 << PLACE))), KIND, HARDWARE)
-
-
-@triton.jit
-def _store(out, value, mask, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    """F32 to the bits of the output's dtype, rounded to nearest even; the interpreter would truncate to BF16."""
-    if KIND == "BF16":
-        if HARDWARE:
-            bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
-        else:
-            bits = value.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            bits = tl.where(value != value, 0x7FFF, bits).to(tl.int16)
-    elif KIND == "F16":
-        bits = value.to(tl.float16).to(tl.int16, bitcast=True)
-    else:
-        bits = value.to(tl.int32, bitcast=True)
-    tl.store(out, bits, mask=mask)
+    return nearest_bf16(difference * (scale * (1.0 / (1 << PLACE))), KIND, HARDWARE)
 
 
 @triton.jit(do_not_specialize=["rows", "total_rows", "steps", "group_shift"])
@@ -209,22 +171,7 @@ def _matrix_kernel(
                 total = tl.dot(values, weight, total, input_precision="ieee")
 
     place = out + (split.to(tl.int64) * total_rows + first_out + token) * N + n
-    _store(place, total, present & (n < N), OUT_KIND, HARDWARE)
-
-
-@triton.jit
-def _sum_kernel(
-    parts, out, numbers,
-    KIND: tl.constexpr, HARDWARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """parts [SPLITS, numbers] F32 -> out [numbers]: in this order, whatever ran when."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
-    total = tl.load(parts + place, mask=inside, other=0.0)
-    for _ in tl.static_range(1, SPLITS):
-        parts += numbers
-        total += tl.load(parts + place, mask=inside, other=0.0)
-    _store(out + place, total, inside, KIND, HARDWARE)
+    tl.store(place, encode(total, OUT_KIND, HARDWARE), mask=present & (n < N))
 
 
 @lru_cache(maxsize=16)
@@ -406,7 +353,7 @@ def _launch(
             **_options(KINDS[x.dtype], group_size, bits, zero, config),
         )  # fmt: skip
         if split.parts > 1:
-            _sum_parts(parts, out)
+            sum_parts(parts, out)
     return out
 
 
@@ -425,15 +372,6 @@ def _options(kind: str, group_size: int, bits: int, zero: int, config: TileConfi
         "COLUMNS": config.columns,
         "DEPTH": config.depth,
     }
-
-
-def _sum_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
-    numbers, block = out.numel(), 128 if out.numel() < 1 << 18 else 1024
-    _sum_kernel[(triton.cdiv(numbers, block),)](
-        parts, out.view(BITS_DTYPE[out.dtype]), numbers,
-        KIND=KINDS[out.dtype], HARDWARE=not interpreted() and torch.version.hip is None,
-        SPLITS=len(parts), BLOCK=block, num_warps=4,
-    )  # fmt: skip
 
 
 def _arranged(x: torch.Tensor, depth: int, steps: int, bits: int) -> torch.Tensor:

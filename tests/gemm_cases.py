@@ -1,4 +1,4 @@
-"""What products with quantized weights may differ by from exact ones, and modules whose kernels are interpreted.
+"""What products with quantized weights may differ by from exact ones, and kernels compiled without a GPU.
 
 The bound. BF16 and F16 products are exact in F32. A sum of K of them in F32, in any order, is off by at most
 K * 2**-23 times the sum of their magnitudes: 2**-24 each where a sum is rounded, twice that where tensor cores cut it
@@ -9,25 +9,10 @@ roundings do not all go one way: the error's root mean square stays within that 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count
-from pathlib import Path
-from types import ModuleType
-
-import pytest
 import torch
-import triton.language  # noqa: F401 - first here, or an interpreted copy would have Triton's own functions interpreted
-
-import weightkit
 
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 """Half a unit in the last place, as a fraction of the value."""
-
-_COPIES = count()
-"""Numbers of interpreted copies: several of one module may be in use at a time."""
 
 SUM_ROUNDING = 2.0**-23
 """Of a sum in F32, as a fraction of its terms' magnitudes: what each addition may lose."""
@@ -48,21 +33,6 @@ def assert_within_bound(found: torch.Tensor, x: torch.Tensor, weight: torch.Tens
     size = float(magnitudes.square().mean().sqrt())
     likely = rounding * float(exact.square().mean().sqrt()) + (x.shape[1] + 1) ** 0.5 * SUM_ROUNDING * size
     assert float(off.square().mean().sqrt()) <= likely
-
-
-@contextmanager
-def interpreted_copy(name: str) -> Iterator[ModuleType]:
-    """A second copy of a module of kernels, interpreted: Triton looks at the variable when it decorates them."""
-    path = Path(weightkit.__file__).parent / "kernels" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_interpreted_{next(_COPIES)}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 def compiled(

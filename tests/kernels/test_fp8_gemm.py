@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from dequant_cases import SPECIAL_SCALES, random_operands
-from gemm_cases import assert_within_bound, compiled, interpreted_copy
+from gemm_cases import assert_within_bound, compiled
+from interpreted import interpreted_copy, on_gpu
 
 from weightkit.errors import PlanError, ScaleError
-from weightkit.kernels import fp8_gemm
+from weightkit.kernels import fp8_gemm, partial_sums
 from weightkit.kernels.fp8_dequant import dequant_reference
 from weightkit.kernels.gemm_plan import TileConfig
 
@@ -36,11 +37,7 @@ def kernels(request: pytest.FixtureRequest, interpreted_fp8: ModuleType) -> Modu
     """The module under test; tensors belong where ``device`` says."""
     if request.param == "interpreter":
         return interpreted_fp8
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if fp8_gemm.interpreted():
-        pytest.skip("TRITON_INTERPRET is set")
-    return fp8_gemm
+    return on_gpu(fp8_gemm)
 
 
 @pytest.fixture
@@ -220,7 +217,7 @@ def test_the_sum_of_parts_compiles() -> None:
     if fp8_gemm.interpreted():
         pytest.skip("TRITON_INTERPRET is set")
     constants = {"KIND": "BF16", "HARDWARE": True, "SPLITS": 16, "BLOCK": 64}
-    compiled(fp8_gemm._sum_kernel, constants, {"parts": "*fp32", "out": "*i16"}, 90, 4, 3)
+    compiled(partial_sums._sum_kernel, constants, {"parts": "*fp32", "out": "*i16"}, 90, 4, 3)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from gemm_cases import interpreted_copy
+from interpreted import interpreted_copy, on_gpu
 
 from weightkit.kernels import fp8_gemm, gemm_plan, int4_gemm
 
@@ -35,10 +35,7 @@ def kernels(request: pytest.FixtureRequest, kind: str) -> Iterator[ModuleType]:
         with interpreted_copy(f"{kind}_gemm") as module:
             yield module
         return
-    module = {"int4": int4_gemm, "fp8": fp8_gemm}[kind]
-    if not torch.cuda.is_available() or module.interpreted():
-        pytest.skip("no CUDA device, or TRITON_INTERPRET is set")
-    yield module
+    yield on_gpu({"int4": int4_gemm, "fp8": fp8_gemm}[kind])
 
 
 def operands(kind: str, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -104,7 +101,7 @@ def test_an_fp8_tile_fits_the_shared_memory(
     monkeypatch.setattr(gemm_plan, "_shared_bytes", lambda _: shared_bytes)
     monkeypatch.setattr(gemm_plan, "_processors", lambda _: 132)
     monkeypatch.setattr(fp8_gemm, "_matrix_kernel", Kernel())
-    monkeypatch.setattr(fp8_gemm, "_sum_parts", lambda *_: None)
+    monkeypatch.setattr(fp8_gemm, "sum_parts", lambda *_: None)
     monkeypatch.setattr(fp8_gemm, "interpreted", lambda: False)
     x = torch.empty(tokens, 7168, dtype=dtype, device="meta")
     codes = torch.empty(2048, 7168, dtype=torch.uint8, device="meta")

@@ -3,10 +3,7 @@ groups; the kernel as Triton's interpreter and a GPU run it."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import gptq_cases
@@ -16,8 +13,8 @@ import pytest
 import torch
 from dequant_cases import BITS, DTYPES, assert_same_bits, bits_of
 from gptq_cases import Packed, random_packed
+from interpreted import interpreted_copy, on_gpu
 
-import weightkit
 from weightkit.errors import PlanError, ScaleError
 from weightkit.kernels import gptq_format
 from weightkit.kernels.gptq_format import TileConfig, dequant_reference, pack, pack_zeros, unpack
@@ -29,18 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(scope="session")
 def interpreted_format() -> Iterator[ModuleType]:
-    """A second copy of the module, whose kernel is interpreted. See ``interpreted_kernels`` of conftest."""
-    name = "gptq_format_interpreted"
-    path = Path(weightkit.__file__).parent / "kernels" / "gptq_format.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    yield module
-    del sys.modules[name]
+    with interpreted_copy("gptq_format") as module:
+        yield module
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -48,11 +35,7 @@ def kernels(request: pytest.FixtureRequest, interpreted_format: ModuleType) -> M
     """The module under test; tensors belong where ``device`` says."""
     if request.param == "interpreter":
         return interpreted_format
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if gptq_format.interpreted():
-        pytest.skip("TRITON_INTERPRET is set")
-    return gptq_format
+    return on_gpu(gptq_format)
 
 
 @pytest.fixture

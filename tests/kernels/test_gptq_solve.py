@@ -3,7 +3,6 @@ torch; and compiled for an H100 without one."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreted import interpreted_copy
 
-import weightkit
 from weightkit.kernels import gptq_solve
 from weightkit.kernels.gptq_solve import (
     add_gram,
@@ -260,18 +259,9 @@ def interpreted_solver() -> Iterator[ModuleType]:
     """
     if isinstance(tl.sum, triton.JITFunction):
         pytest.skip("run by test_the_interpreter, in a process of its own")
-    name = "gptq_solve_interpreted"
-    path = Path(weightkit.__file__).parent / "kernels" / "gptq_solve.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    module._kernels_run = lambda _: True  # type: ignore[attr-defined]
-    yield module
-    del sys.modules[name]
+    with interpreted_copy("gptq_solve") as module:
+        module._kernels_run = lambda _: True  # type: ignore[attr-defined]
+        yield module
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -10,7 +10,8 @@ import gptq_cases
 import numpy as np
 import pytest
 import torch
-from gemm_cases import assert_within_bound, compiled, interpreted_copy
+from gemm_cases import assert_within_bound, compiled
+from interpreted import interpreted_copy, on_gpu
 
 from weightkit.errors import PlanError, ScaleError
 from weightkit.kernels import int4_gemm
@@ -34,11 +35,7 @@ def kernels(request: pytest.FixtureRequest, interpreted_int4: ModuleType) -> Mod
     """The module under test; tensors belong where ``device`` says."""
     if request.param == "interpreter":
         return interpreted_int4
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if int4_gemm.interpreted():
-        pytest.skip("TRITON_INTERPRET is set")
-    return int4_gemm
+    return on_gpu(int4_gemm)
 
 
 @pytest.fixture
@@ -348,13 +345,6 @@ def test_compiles_for_other_dtypes(kind: str, bits: int, group_size: int) -> Non
     value, out = {"F32": ("*fp32", "*i32"), "F16": ("*fp16", "*i16"), "BF16": ("*bf16", "*i16")}[kind]
     pointers = {"x": value, "qweight": "*i32", "scales": "*fp16", "out": out, "table": "*i32"}
     compiled(int4_gemm._matrix_kernel, constants, pointers, 80, config.num_warps, config.num_stages)
-
-
-def test_the_sum_compiles() -> None:
-    if int4_gemm.interpreted():
-        pytest.skip("TRITON_INTERPRET is set")
-    constants = {"KIND": "BF16", "HARDWARE": True, "SPLITS": 16, "BLOCK": 64}
-    compiled(int4_gemm._sum_kernel, constants, {"parts": "*fp32", "out": "*i16"}, 90, 4, 3)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gemm_cases import interpreted_copy
+from interpreted import interpreted_copy
 from plain_kernels import PlainKernels
 from tiny import V3, V3_INT4, Gptq, write_tiny
 
