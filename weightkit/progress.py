@@ -47,8 +47,8 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add(self, count: int) -> None:
-        """``count`` more bytes are done."""
+    def add(self, count: int = 1) -> None:
+        """``count`` more bytes, or units, are done."""
         with self._lock:
             self._bar.update(count)
 

@@ -204,7 +204,7 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "no prompts in the file"),
-        (b"\xff\xfe", "cannot be read as UTF-8"),
+        (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b'{"prompt": 5}', "prompt of the wrong kind: expected text, found 5"),
         (
             b'{"prompt": "a"}\n{"text": "b"}',

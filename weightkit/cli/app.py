@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -112,5 +113,6 @@ def _message(error: Exception) -> str:
 
 def _say(message: str, arguments: list[str], error: Exception | None = None) -> None:
     if "--json" in arguments and error is not None:
-        click.echo(json.dumps({"error": type(error).__name__, "message": message}))
+        with suppress(OSError):  # the error may be that this output is full or gone
+            click.echo(json.dumps({"error": type(error).__name__, "message": message}))
     click.echo(f"Error: {message}" if error is not None else message, err=True)

@@ -10,7 +10,7 @@ import click
 from weightkit.cli.options import PATH, debug_option, json_option, model_option
 
 
-@click.command()
+@click.command(short_help="Measure what this machine reaches.")
 @click.argument("path", type=PATH, required=False)
 @model_option
 @click.option(

@@ -10,7 +10,7 @@ import click
 from weightkit.cli.options import debug_option, device_option, json_option
 
 
-@click.command()
+@click.command(short_help="Take pico, which ships here, down the whole road.")
 @device_option
 @json_option
 @debug_option

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from weightkit.generation import Generation, GenerationPlan, Runtime
 
 
-@click.command()
+@click.command(short_help="Generate text from any checkpoint.")
 @click.argument("src", type=PATH, required=False)
 @click.option("--prompt", default="What is 17 + 25?", show_default=True, help="The user's message.")
 @click.option(
@@ -37,9 +37,17 @@ if TYPE_CHECKING:
     help="File of many prompts, which share each reading of the weights: a line each, or JSON lines with prompt, "
     "messages or token_ids.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Most tokens of an answer."
+)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample from the likeliest tokens of so much probability.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option(

@@ -11,7 +11,7 @@ from weightkit.cli.options import config_option, debug_option, json_option
 from weightkit.workspace import DEFAULT_MODEL
 
 
-@click.command()
+@click.command(short_help="Say what a checkpoint is: parameters, bytes, layers.")
 @click.argument("what", metavar="[PATH|MODEL]", default=DEFAULT_MODEL)
 @config_option
 @json_option

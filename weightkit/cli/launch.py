@@ -19,16 +19,34 @@ from weightkit.cli.options import PATH, config_option, debug_option, json_option
 )
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of a request.  [default: 32768, or the model's]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
-@click.option("--port", type=click.IntRange(1, 65535), help="[default: 8000 vllm, 30000 sglang, 23333 lmdeploy]")
-@click.option("--mtp", type=click.IntRange(min=0), default=0, help="Tokens to draft at once with the MTP layers.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    help="The port to listen on.  [default: 8000 vllm, 30000 sglang, 23333 lmdeploy]",
+)
+@click.option(
+    "--mtp",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens to draft at once with the MTP layers.",
+)
 @click.option("--demo", type=PATH, help="The folder of DeepSeek's generate.py.  [default: PATH/inference]")
 @click.option("--run", "carry_out", is_flag=True, help="Start it here, wait until it is ready, test it, stop it.")
 @click.option("--keep", is_flag=True, help="With --run: leave it running.")
 @click.option(
-    "--ready-timeout", type=click.FloatRange(min=0, min_open=True), default=3600.0, help="Seconds to be ready in."
+    "--ready-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    help="With --run: seconds to be ready in.",
 )
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, help="Seconds for one answer of the test."
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="With --run: seconds for one answer of the test.",
 )
 @click.option("--log", type=PATH, help="With --run: the file for its output.  [default: a temporary one]")
 @model_option

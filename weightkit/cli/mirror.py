@@ -10,7 +10,7 @@ import click
 from weightkit.cli.options import debug_option, jobs_option, json_option, quiet_option
 
 
-@click.command()
+@click.command(short_help="Serve checkpoints to other machines, as the hubs do.")
 @click.argument("paths", metavar="PATH...", nargs=-1)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
 @click.option(

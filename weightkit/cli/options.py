@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-PATH = click.Path(path_type=Path)
+#: Whether it is there and can be read is for the library to say.
+PATH = click.Path(path_type=Path, readable=False)
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg, unused-ignore]

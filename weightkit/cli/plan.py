@@ -20,7 +20,7 @@ class _Speed(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gener
         return int(SIZE.convert(value.removesuffix("/s") if isinstance(value, str) else value, param, ctx))
 
 
-@click.command()
+@click.command(short_help="Say what a model takes: GPU memory, disk, time.")
 @click.argument("what", metavar="[PATH|MODEL]", required=False)
 @model_option
 @click.option("--gpus", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs to serve it on.")

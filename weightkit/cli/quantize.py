@@ -93,7 +93,9 @@ from weightkit.cli.options import (
 @json_option
 @quiet_option
 @debug_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     src: Path | None,
     dst: Path | None,
     bits: str,
@@ -153,7 +155,8 @@ def command(
     )
     checkpoint = open_checkpoint(src or source(model), config=config)
     usual = Size()
-    if calibration is None and method == "gptq" and src is None:
+    named = ctx.get_parameter_source("model") is not click.core.ParameterSource.DEFAULT
+    if calibration is None and method == "gptq" and (src is None or named):
         calibration, usual = default_calibration(model, home() / "calibration"), default_size(model)
     job = prepare(
         checkpoint,

@@ -10,7 +10,7 @@ import click
 from weightkit.cli.options import PATH, Conversion, conversion_options
 
 
-@click.command()
+@click.command(short_help="Shard SRC into one file a rank.")
 @click.option("--mp", type=click.IntRange(min=1), help="Model-parallel ranks: one file each.")
 @click.option(
     "--ep", type=click.IntRange(min=1), help="Expert-parallel ranks: routed experts divided, the rest on each."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weightkit.manifests import Manifest
 
 
-@click.command()
+@click.command(short_help="Test whether a checkpoint computes what it should.")
 @click.argument("path", type=PATH, required=False)
 @model_option
 @config_option

@@ -13,7 +13,8 @@ from weightkit.checkpoint.folder import LOCK_NAME, require_inside
 from weightkit.checkpoint.lock import Lock, LockedFile, read_lock
 from weightkit.checkpoint.reading import Bytes
 from weightkit.errors import ChecksumError, MissingFileError, WeightkitError
-from weightkit.examine.survey import FETCH, Survey, attempt
+from weightkit.examine.survey import Survey, attempt
+from weightkit.layouts.opening import FETCH, is_unreadable
 from weightkit.manifests import Manifest
 from weightkit.remote.path import RemotePath, folder_of
 
@@ -81,13 +82,15 @@ def shipped_manifest(folder: Path) -> Manifest | None:
 def size_problems(survey: Survey, known: Known) -> tuple[list[WeightkitError], list[str]]:
     """Files that are missing or of another size, and those that are worth hashing."""
     missing = {problem.where for problem in survey.problems if isinstance(problem, MissingFileError)}
+    unreadable = {problem.where for problem in survey.problems if is_unreadable(problem)}
     problems: list[WeightkitError] = []
     intact: list[str] = []
     for name, locked in known.files.items():
         path = survey.folder / name
         problem = attempt(partial(_size_problem, path, locked, known.source), path)
         if problem is None:
-            intact.append(name)
+            if str(path) not in unreadable:
+                intact.append(name)
         elif not (isinstance(problem, MissingFileError) and problem.where in missing):
             problems.append(problem)
     return problems, intact

@@ -28,6 +28,7 @@ from weightkit.family import (
     layer_of,
     read_gptq,
 )
+from weightkit.layouts.opening import advise
 
 #: Above these no blueprint is drawn: a config must not make a list of 10^12 tensors. The largest published member has
 #: 61 layers of 384 experts.
@@ -70,6 +71,7 @@ def read_declared(folder: Path, config: str | Path | Mapping[str, object] | None
             "no config.json", where=where, fix="Copy the model's config.json there, or name one with --config."
         )
     if isinstance(content, WeightkitError):
+        advise(content)
         return Declared(None, None, where, own, (content,))
     arch = identify(content, where)
     if isinstance(arch, WeightkitError):

@@ -364,7 +364,15 @@ def _place_facts(found: Inspection) -> list[tuple[str, str]]:
         more = len(found.published_as) - SHOWN_NAMES
         names = ", ".join(found.published_as[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
         facts.append(("totals", f"as published: {names}"))
-    return facts + [(f"made by {key}", str(value)) for key, value in found.origin.items()]
+    return facts + [_origin_fact(key, value) for key, value in found.origin.items()]
+
+
+def _origin_fact(key: str, value: object) -> tuple[str, str]:
+    """Of a fetch, where from; the lock has the checksums of its small files too."""
+    if key != "fetch" or not isinstance(value, Mapping):
+        return f"made by {key}", str(value)
+    facts = " ".join(str(value[name]) for name in ("hub", "repo", "commit") if name in value)
+    return "fetched from", facts + (", without MTP layers" if value.get("no_mtp") is True else "")
 
 
 def _billions(count: int) -> str:

@@ -21,7 +21,7 @@ from weightkit.checkpoint import Entry, Header, Reader
 from weightkit.checkpoint.dtypes import DTYPE_BITS
 from weightkit.checkpoint.reading import Bytes
 from weightkit.errors import FormatError, WeightkitError
-from weightkit.examine.survey import FETCH
+from weightkit.layouts.opening import FETCH, READABLE
 from weightkit.machine import default_jobs
 from weightkit.progress import Progress
 from weightkit.remote.path import RemotePath
@@ -109,7 +109,7 @@ def read_one(reading: Reading, count: Callable[[int], None], stop: threading.Eve
     except WeightkitError as problem:
         return [problem]
     except OSError as exc:
-        return [FormatError(f"cannot be read ({exc.strerror})", where=reading.path)]
+        return [FormatError(f"cannot be read ({exc.strerror})", where=reading.path, fix=READABLE)]
     return [problem for consumer in reading.consumers for problem in consumer.finish()]
 
 

@@ -18,13 +18,12 @@ from weightkit.errors import (
     MissingFileError,
     WeightkitError,
 )
-from weightkit.layouts.opening import CONTINUE, NOT_FINISHED, nothing_at
+from weightkit.layouts.opening import CONTINUE, FETCH, NOT_FINISHED, READABLE, is_unreadable, nothing_at, readable
 from weightkit.layouts.published import SINGLE_NAME
 from weightkit.layouts.ranks import RankSet, rank_sets
 from weightkit.layouts.scan import Scan, index_problems, scan_files, unlisted_files
 
 Result = TypeVar("Result")
-FETCH = "Fetch the file again."
 FETCH_INDEX = "Fetch the index again; if that does not help, the file too."
 #: No checkpoint is cut into more; a file's name alone must not make a list of 10^12 names.
 MAX_RANKS = 4096
@@ -81,8 +80,14 @@ def attempt(function: Callable[[], Result], where: object) -> Result | Weightkit
 def survey(path: Path) -> Survey:
     """Read index and headers of whatever lies at ``path``.
 
-    Raises ``NotACheckpointError`` where there is nothing: no weight file, no index and no lock.
+    Raises ``NotACheckpointError`` where there is nothing: no weight file, no index and no lock; and where the system
+    does not let it look.
     """
+    with readable(path):
+        return _survey(path)
+
+
+def _survey(path: Path) -> Survey:
     if path.is_file() and path.suffix == ".safetensors":
         return _survey_file(path)
     if not path.is_dir():
@@ -116,7 +121,7 @@ def _survey_published(folder: Path) -> Survey:
     problems = _unfinished(folder)
     index = attempt(lambda: read_index(path), path) if path.is_file() else FormatError("not a file", where=path)
     if not isinstance(index, Index):
-        return _survey_files(folder, _weight_files(folder), "published", [*problems, index])
+        return _survey_files(folder, _weight_files(folder), "published", [*problems, *_with_fix([index], FETCH)])
     scan = scan_safely(folder, dict.fromkeys(index.weight_map.values()))
     problems += [*scan.problems, *_with_fix(index_problems(scan, index, path), FETCH_INDEX)]
     problems += _unlisted(folder, unlisted_files(folder, index), "a safetensors file that the index does not name")
@@ -190,7 +195,7 @@ def scan_safely(folder: Path, names: Iterable[str]) -> Scan:
 def _with_fix(problems: list[WeightkitError], fix: str) -> list[WeightkitError]:
     """The problems, each with a next step: its own, or this one."""
     for problem in problems:
-        problem.fix = problem.fix or fix
+        problem.fix = problem.fix or (READABLE if is_unreadable(problem) else fix)
     return problems
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from weightkit.checkpoint import Entry
 from weightkit.checkpoint.tensors import FP8_BLOCK
 from weightkit.errors import CheckpointError, MissingTensorError, ScaleError, TensorError, WeightkitError
-from weightkit.examine.survey import FETCH, Survey
+from weightkit.examine.survey import Survey
 from weightkit.family import (
     Architecture,
     Expected,
@@ -20,6 +20,7 @@ from weightkit.family import (
     to_demo,
     to_published,
 )
+from weightkit.layouts.opening import FETCH
 from weightkit.layouts.ranks import RankSet
 
 SCALE_SUFFIX = "_scale_inv"

@@ -27,8 +27,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise GenerationError(f"cannot be read as UTF-8 text ({exc})", where=path) from exc
+    except OSError as exc:
+        raise GenerationError(
+            f"cannot be read ({exc.strerror})", where=path, fix="Name a UTF-8 file of prompts, a line each."
+        ) from exc
+    except UnicodeDecodeError as exc:
+        raise GenerationError(f"not UTF-8 at byte {exc.start}", where=path, fix="Save the file as UTF-8.") from exc
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise GenerationError("no prompts in the file", where=path, expected="a line each", found="no line")

@@ -18,6 +18,7 @@ HUB_CHOICES = ("auto", *HUB_NAMES, "both")
 _BRANCHES: Mapping[HubName, str] = {"huggingface": "main", "modelscope": "master"}
 _ENDPOINTS = ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_NAME = "Copy the name from the hub's page. A folder on this disk has nothing to fetch."
 #: Headers and padding of weight files, as a part of their data; above it the files hold something else.
 _HEADERS = 0.02
 
@@ -45,14 +46,19 @@ def resolve(model: str) -> Wanted:
     """Raises ``PlanError`` for a name that is neither a manifest's nor ``owner/name``, or has nothing to fetch."""
     if "/" in model:
         return _resolve_repository(model)
-    manifest = manifests.load(model)
+    try:
+        manifest = manifests.load(model)
+    except PlanError as error:
+        close = error.fix is not None and error.fix.startswith("Did you mean")
+        fix = error.fix if close else "Use one of these, or the name of a repository, owner/name."
+        raise PlanError(error.what, where=error.where, expected=error.expected, fix=fix) from error
     target = workspace.home() / manifest.name / workspace.published_form(manifest.name)
     return Wanted(model, _places(manifest), target, manifest, by_name=True)
 
 
 def _resolve_repository(repo: str) -> Wanted:
     if not _ID.fullmatch(repo):
-        raise PlanError("no repository's name", where=repo, expected="owner/name, or a model's name")
+        raise PlanError("no repository's name", where=repo, expected="owner/name, or a model's name", fix=_NAME)
     for name in manifests.names():
         manifest = manifests.load(name)
         if any(hub.id == repo for hub in manifest.hubs.values()):

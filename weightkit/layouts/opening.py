@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from weightkit.checkpoint import INDEX_NAME, Checkpoint
@@ -10,12 +12,25 @@ from weightkit.checkpoint.folder import CONFIG_NAME
 from weightkit.checkpoint.json_file import read_json_object
 from weightkit.checkpoint.remote import locate
 from weightkit.durable import STATE_DIR
-from weightkit.errors import ConfigError, FormatError, NotACheckpointError
+from weightkit.errors import (
+    ConfigError,
+    FormatError,
+    MissingFileError,
+    NotACheckpointError,
+    Problems,
+    WeightkitError,
+)
 from weightkit.layouts.published import SINGLE_NAME, open_published, open_single
 from weightkit.layouts.ranks import open_ranks, rank_sets
+from weightkit.remote.path import is_remote
+from weightkit.units import counted
 
 NOT_FINISHED = "the writing of this folder was not finished"
 CONTINUE = "Run the command that fills this folder again: it continues where it stopped."
+FETCH = "Fetch the file again."
+READABLE = "Check the permissions of file and folder, and the disk that they lie on."
+#: As the hubs name the files of a checkpoint that an index belongs to.
+_SHARD = re.compile(r"model-\d{5}-of-\d{5,6}\.safetensors")
 
 
 def open_checkpoint(
@@ -36,6 +51,38 @@ def open_checkpoint(
         HubError: an address that nothing can be had from; says why.
     """
     path = locate(path)
+    try:
+        with readable(path):
+            return _open(path, config, replicas_of)
+    except WeightkitError as error:
+        if not is_remote(path):
+            advise(error)
+        raise
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises ``NotACheckpointError`` for what the system refuses to list or to look at."""
+    try:
+        yield
+    except OSError as exc:
+        what = f"cannot be read ({exc.strerror})"
+        raise NotACheckpointError(what, where=exc.filename or path, fix=READABLE) from exc
+
+
+def advise(error: WeightkitError) -> None:
+    """Give defects of files that name no next step the usual one."""
+    for problem in error.problems if isinstance(error, Problems) else (error,):
+        if problem.fix is None and isinstance(problem, (FormatError, MissingFileError)):
+            problem.fix = READABLE if is_unreadable(problem) else FETCH
+
+
+def is_unreadable(problem: WeightkitError) -> bool:
+    """Whether the system refused to read a file, of whose contents nothing is known then."""
+    return problem.what.startswith("cannot be read (")
+
+
+def _open(path: Path, config: str | Path | Mapping[str, object] | None, replicas_of: int) -> Checkpoint:
     if path.is_file() and path.suffix == ".safetensors":
         return open_single(path, _config(path.parent, config))
     if not path.is_dir():
@@ -57,6 +104,15 @@ def nothing_at(path: Path) -> NotACheckpointError:
     names = sorted(entry.name for entry in path.iterdir())
     if STATE_DIR in names:
         return NotACheckpointError(NOT_FINISHED, where=path, fix=CONTINUE)
+    shards = sum(_SHARD.fullmatch(name) is not None for name in names)
+    if shards:
+        return NotACheckpointError(
+            "no index of the files here",
+            where=path,
+            expected=INDEX_NAME,
+            found=f"{counted(shards, 'file')} such as {next(filter(_SHARD.fullmatch, names))}",
+            fix=f"Fetch {INDEX_NAME} into the folder.",
+        )
     return NotACheckpointError(
         "no checkpoint in this folder",
         where=path,

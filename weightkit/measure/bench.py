@@ -31,7 +31,8 @@ def measure(folder: Path, *, seconds: float = SECONDS, most_bytes: int = MOST_BY
         SpaceError, WriteError: too little is free, or it cannot be written to.
     """
     if not folder.is_dir():
-        raise MissingFileError("no such folder", where=folder, fix="Name a folder on the disk that is to be measured.")
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise MissingFileError(what, where=folder, fix="Name a folder on the disk that is to be measured.")
     cores, short = usable_cores(), seconds * _SHARE
     load = os.getloadavg()[0]
     disk = measure_disk(folder, jobs=default_jobs(), seconds=seconds, most_bytes=most_bytes)

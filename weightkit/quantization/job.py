@@ -130,7 +130,8 @@ def _calibration(
         raise CalibrationError(
             "GPTQ needs text to calibrate with",
             where="--calibration",
-            fix="Name a file of text, JSON lines or token ids; or use --method rtn, which rounds without any.",
+            fix="Name a file of text, JSON lines or token ids, or with --model the model that this is, for the text of"
+            " its manifest; or use --method rtn, which rounds without any.",
         )
     arch = architecture_of(checkpoint)
     tokenizer = None

@@ -18,7 +18,7 @@ from weightkit.compute.engines import DeviceName
 from weightkit.errors import TokenizerError
 from weightkit.family import layer_of
 from weightkit.generation import Tokenizer
-from weightkit.smoke.bar import steps_bar
+from weightkit.progress import Progress
 from weightkit.smoke.difference import TensorDifference
 from weightkit.smoke.identity import architecture, known_manifest, require_one_model
 from weightkit.smoke.likeness import recognize
@@ -80,8 +80,8 @@ def compare_checkpoints(
     most = min(arch.max_position_embeddings, arch.index_topk or max_tokens, max_tokens)
     material = Material.of(_tokenizer(reference, other), prompts, arch.vocab_size, most, most // 2)
     with Pair(reference, other, device=device, dtype=dtype, jobs=jobs) as pair:
-        with steps_bar(arch.num_hidden_layers, "compare", shown=progress) as bar:
-            seen = walk(pair, material.ids, bar.update)
+        with Progress(arch.num_hidden_layers, "compare", shown=progress, unit="layer", leave=False) as bar:
+            seen = walk(pair, material.ids, bar.add)
         checks = [
             _finite(seen, material),
             _tensors(pair),

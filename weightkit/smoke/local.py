@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from weightkit.checkpoint import Checkpoint
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import NonFiniteError, WeightkitError
@@ -15,7 +13,7 @@ from weightkit.family import Architecture
 from weightkit.generation import Runtime
 from weightkit.layouts import open_checkpoint
 from weightkit.manifests import Manifest
-from weightkit.smoke.bar import steps_bar
+from weightkit.progress import Progress
 from weightkit.smoke.determinism import check_determinism
 from weightkit.smoke.forward import Pass, run
 from weightkit.smoke.identity import known_manifest
@@ -68,12 +66,12 @@ def smoke_checkpoint(
     with Runtime(checkpoint, device=device, dtype=dtype, memory_bytes=memory_bytes, jobs=jobs) as runtime:
         material = Material.of(runtime.tokenizer, prompts, runtime.model.arch.vocab_size, runtime.max_tokens)
         steps = len(runtime.model.layers) + len(prompts) + 1
-        with steps_bar(steps, "smoke", shown=progress) as bar:
-            seen = run(runtime.model, material.ids, bar.update)
+        with Progress(steps, "smoke", shown=progress, unit="step", leave=False) as bar:
+            seen = run(runtime.model, material.ids, bar.add)
             checks = [_finite(seen, material)]
             ok = checks[0].ok
             checks.append(_deterministic(runtime, material, prompts) if ok else Check("deterministic", None, _UNMADE))
-            bar.update()
+            bar.add()
             checks.append(_answers(runtime, prompts, max_new_tokens, bar) if ok else Check("answers", None, _UNMADE))
         checks.append(_perplexity(seen, material, manifest, runtime.model.arch))
         if seen.loads:
@@ -110,7 +108,7 @@ def _deterministic(runtime: Runtime, material: Material, prompts: Sequence[Promp
         return Check("deterministic", False, error.message)
 
 
-def _answers(runtime: Runtime, prompts: Sequence[Prompt], max_new_tokens: int, bar: tqdm[None]) -> Check:
+def _answers(runtime: Runtime, prompts: Sequence[Prompt], max_new_tokens: int, bar: Progress) -> Check:
     if runtime.tokenizer is None:
         return Check("answers", None, "the checkpoint has no tokenizer.json")
     answers = []
@@ -119,7 +117,7 @@ def _answers(runtime: Runtime, prompts: Sequence[Prompt], max_new_tokens: int, b
             answers.append(runtime.generate(prompt.text, max_new_tokens=max_new_tokens).text)
         except WeightkitError as error:
             return Check("answers", False, f"{prompt.text!r}: {error.message}")
-        bar.update()
+        bar.add()
     return check_answers(prompts, answers)
 
 
