@@ -3,6 +3,21 @@
 Exit codes: 0 done; 1 an error, said on stderr; 2 a wrong call; 130 stopped by a signal.
 """
 
-from weightkit.cli.app import main
+from __future__ import annotations
+
+import signal
+from typing import NoReturn
 
 __all__ = ["main"]
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run a command line and exit."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:  # it would answer a Ctrl-C with a traceback out of an import
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from weightkit.cli import app
+
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    app.main(args)
