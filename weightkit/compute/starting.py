@@ -15,9 +15,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from weightkit.checkpoint.reading import Bytes, Reader
 from weightkit.checkpoint.tensors import (
     BlockQuantized,
     Cast,
@@ -38,8 +35,9 @@ from weightkit.compute.engines import (
     has_driver,
     no_device,
 )
-from weightkit.compute.evaluate import evaluate, strips
-from weightkit.errors import DeviceError, ScaleError
+from weightkit.compute.evaluate import strips
+from weightkit.compute.trial import Trial
+from weightkit.errors import DeviceError
 
 #: ``auto`` starts no GPU for less: one takes 4 to 5 s to start (torch, CUDA, kernels; measured beside an H200), in
 #: which 16 cores cast 20 GB, and a process ends no sooner than the GPU that it starts.
@@ -199,17 +197,18 @@ def _open_any(samples: Sequence[LazyTensor], say: Callable[[str], None]) -> Engi
 
 
 def _open(samples: Sequence[LazyTensor], say: Callable[[str], None]) -> Engine:
-    """All GPUs that work, with the kernels that the samples need. Raises ``DeviceError`` where none does."""
+    """All GPUs that compute the samples as the CPU does, kernels loaded. Raises ``DeviceError`` where none does."""
     import torch
 
     _require_wanted()
     if not torch.cuda.is_available():
         found = f"torch {torch.__version__}"
         raise DeviceError("torch cannot use the GPU", where="--device", found=found, fix="Use --device cpu.")
+    trial = Trial(samples, _require_wanted)
     working, failures = list[int](), dict[int, DeviceError]()
     for number in range(torch.cuda.device_count()):
         try:
-            _try_out(CudaEngine([number]), samples)
+            trial.require(CudaEngine([number]), f"cuda:{number}")
             working.append(number)
         except DeviceError as exc:
             failures[number] = exc
@@ -218,14 +217,6 @@ def _open(samples: Sequence[LazyTensor], say: Callable[[str], None]) -> Engine:
     for number, failure in failures.items():
         say(f"GPU {number} cannot be used ({_reason(failure)}). The others compute; the bytes are the same.")
     return CudaEngine(working)
-
-
-def _try_out(engine: Engine, samples: Sequence[LazyTensor]) -> None:
-    """Load the kernels, and see that they run."""
-    for sample in samples:
-        _require_wanted()
-        with suppress(ScaleError):  # of a GPTQ strip whose groups zeros do not name
-            evaluate(sample, _Zeros(), engine)
 
 
 def _samples(tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
@@ -257,13 +248,3 @@ def has_kernel(tensor: LazyTensor) -> bool:
     if isinstance(tensor, Dequantized | GroupDequantized | BlockQuantized):
         return True
     return any(map(has_kernel, _made_from(tensor)))
-
-
-class _Zeros(Reader):
-    """Reads zeros."""
-
-    def read(self, tensor: LazyTensor, out: Bytes | None = None) -> Bytes:
-        if out is None:
-            return np.zeros(size_bytes(tensor), np.uint8)
-        out[:] = 0
-        return out
