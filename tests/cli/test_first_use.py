@@ -15,7 +15,8 @@ from pathlib import Path
 
 import click
 import pytest
-from tiny import write_tiny
+from folders import read_safetensors
+from tiny import write_safetensors, write_tiny
 
 import weightkit as wk
 from weightkit import progress
@@ -99,6 +100,23 @@ def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
 
+def less(folder: Path, end: str) -> None:
+    """Without the last tensor whose name ends so, in its file and in the index."""
+    index = json.loads((folder / INDEX).read_text())
+    name = max(name for name in index["weight_map"] if name.endswith(end) and ".layers.1." in name)
+    path = folder / index["weight_map"].pop(name)
+    write_safetensors(path, {key: value for key, value in read_safetensors(path).items() if key != name})
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(("end", "line"), [("norm.weight", "strip v3 out"), ("_scale_inv", "cast v3 out --to bf16")])
+def test_a_tensor_that_is_gone_is_to_be_fetched(end: str, line: str, folder: Path, weightkit: Call) -> None:
+    less(folder, end)
+    code, _, err = weightkit(*line.split())
+    assert code == 1
+    assert err.splitlines()[-1].startswith("Fetch ")
+
+
 @pytest.mark.parametrize("damage", [emptied, garbled, gone, broken_index, broken_config])
 @pytest.mark.parametrize("line", ["strip v3 out", "inspect v3", "verify v3 --quick"])
 def test_a_damaged_file_is_to_be_fetched_again(
@@ -107,7 +125,11 @@ def test_a_damaged_file_is_to_be_fetched_again(
     damage(folder)
     code, out, err = weightkit(*line.split())
     assert code == 1
-    assert "etch the file again" in out + err or "Take config.json from the published repository." in out + err
+    assert (
+        "etch the file again" in out + err
+        or "Fetch the index again" in out + err
+        or "Take config.json from the published repository." in out + err
+    )
 
 
 def test_an_index_that_is_gone_is_what_is_missed(folder: Path, weightkit: Call) -> None:

@@ -18,13 +18,21 @@ from weightkit.errors import (
     MissingFileError,
     WeightkitError,
 )
-from weightkit.layouts.opening import CONTINUE, FETCH, NOT_FINISHED, READABLE, is_unreadable, nothing_at, readable
+from weightkit.layouts.opening import (
+    CONTINUE,
+    FETCH,
+    FETCH_INDEX,
+    NOT_FINISHED,
+    READABLE,
+    is_unreadable,
+    nothing_at,
+    readable,
+)
 from weightkit.layouts.published import SINGLE_NAME
 from weightkit.layouts.ranks import RankSet, rank_sets
 from weightkit.layouts.scan import Scan, index_problems, scan_files, unlisted_files
 
 Result = TypeVar("Result")
-FETCH_INDEX = "Fetch the index again; if that does not help, the file too."
 #: No checkpoint is cut into more; a file's name alone must not make a list of 10^12 names.
 MAX_RANKS = 4096
 
@@ -121,7 +129,7 @@ def _survey_published(folder: Path) -> Survey:
     problems = _unfinished(folder)
     index = attempt(lambda: read_index(path), path) if path.is_file() else FormatError("not a file", where=path)
     if not isinstance(index, Index):
-        return _survey_files(folder, _weight_files(folder), "published", [*problems, *_with_fix([index], FETCH)])
+        return _survey_files(folder, _weight_files(folder), "published", [*problems, *_with_fix([index], FETCH_INDEX)])
     scan = scan_safely(folder, dict.fromkeys(index.weight_map.values()))
     problems += [*scan.problems, *_with_fix(index_problems(scan, index, path), FETCH_INDEX)]
     problems += _unlisted(folder, unlisted_files(folder, index), "a safetensors file that the index does not name")

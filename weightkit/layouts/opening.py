@@ -15,7 +15,9 @@ from weightkit.durable import STATE_DIR
 from weightkit.errors import (
     ConfigError,
     FormatError,
+    IndexFileError,
     MissingFileError,
+    MissingTensorError,
     NotACheckpointError,
     Problems,
     WeightkitError,
@@ -28,6 +30,7 @@ from weightkit.units import counted
 NOT_FINISHED = "the writing of this folder was not finished"
 CONTINUE = "Run the command that fills this folder again: it continues where it stopped."
 FETCH = "Fetch the file again."
+FETCH_INDEX = "Fetch the index again; if that does not help, the file too."
 READABLE = "Check the permissions of file and folder, and the disk that they lie on."
 #: As the hubs name the files of a checkpoint that an index belongs to.
 _SHARD = re.compile(r"model-\d{5}-of-\d{5,6}\.safetensors")
@@ -73,8 +76,9 @@ def readable(path: Path) -> Iterator[None]:
 def advise(error: WeightkitError) -> None:
     """Give defects of files that name no next step the usual one."""
     for problem in error.problems if isinstance(error, Problems) else (error,):
-        if problem.fix is None and isinstance(problem, (FormatError, MissingFileError)):
-            problem.fix = READABLE if is_unreadable(problem) else FETCH
+        if problem.fix is None and isinstance(problem, (FormatError, MissingFileError, MissingTensorError)):
+            usual = FETCH_INDEX if isinstance(problem, (IndexFileError, MissingTensorError)) else FETCH
+            problem.fix = READABLE if is_unreadable(problem) else usual
 
 
 def is_unreadable(problem: WeightkitError) -> bool:

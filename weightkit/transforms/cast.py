@@ -129,7 +129,11 @@ def _cast_tensor(
         scale = tensors.get(name + SCALE_SUFFIX)
         if scale is None:
             raise ScaleError(
-                "an FP8 weight without its scale", where=name, expected=name + SCALE_SUFFIX, found="no such tensor"
+                "an FP8 weight without its scale",
+                where=name,
+                expected=name + SCALE_SUFFIX,
+                found="no such tensor",
+                fix="Fetch the file that holds the scale: without it the weight has no meaning.",
             )
         return dequantize(tensor, scale, dtype, name=name)
     if name.endswith(SCALE_SUFFIX):
