@@ -18,7 +18,6 @@ def require_fit(checkpoint: Checkpoint, arch: Architecture, what: str) -> None:
     raise_all(what, problems, where=checkpoint.root, fix=f"weightkit verify {checkpoint.root} lists all that is wrong.")
 
 
-
 def unfit(tensors: Mapping[str, LazyTensor], expected: Mapping[str, Expected]) -> Iterator[WeightkitError]:
     """What is missing, and what has another shape. An absent MTP layer is not missed: many copies have none."""
     for name, item in expected.items():
