@@ -14,6 +14,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def exact_bytes(count: int) -> str:
+    """``1.37 TB (1,368,979,721,216 bytes)``, for errors: what is read at a glance, and what can be held to."""
+    return f"{human_bytes(count)} ({count:,} bytes)"
+
+
 def human_binary_bytes(count: float) -> str:
     """``641.3 GiB``, as GPUs count; GiB is the largest unit, so that what is compared has the same."""
     for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):

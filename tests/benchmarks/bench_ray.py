@@ -57,8 +57,10 @@ def cluster(cpus: int) -> Iterator[str]:
 
     with clusters.head(cpus) as address:
         ray = connect(address)
-        yield address
-        ray.shutdown()
+        try:
+            yield address
+        finally:
+            ray.shutdown()  # before its cluster ends, or Ray ends this process
 
 
 def one(source: Path, target: Path, kind: str, where: str, workers: int, cache: str, tiny: Path) -> dict[str, float]:

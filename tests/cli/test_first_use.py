@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from weightkit.cli import main
 from weightkit.cli.app import COMMANDS, group
 from weightkit.errors import WeightkitError
 from weightkit.layouts import opening
+from weightkit.units import human_bytes
 
 INDEX = "model.safetensors.index.json"
 Call = Callable[..., tuple[int, str, str]]
@@ -176,14 +178,11 @@ def test_a_file_that_may_not_be_read_is_said_once_and_not_fetched_again(
 def test_a_folder_that_may_not_be_entered_is_an_error_and_no_wrong_call(folder: Path) -> None:
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("a superuser may enter any folder")
-    nobody = ["setpriv", "--reuid", "65534", "--clear-groups"] if os.geteuid() == 0 else []
-    parent = folder.parent
-    for above in (parent, *parent.parents[:2]):
-        above.chmod(0o755)
+    plain = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     folder.chmod(0)
     for command in ("verify", "inspect"):
         done = subprocess.run(
-            [*nobody, sys.executable, "-m", "weightkit", command, str(folder)], capture_output=True, text=True
+            [*plain, sys.executable, "-m", "weightkit", command, str(folder)], capture_output=True, text=True
         )
         assert "cannot be read (Permission denied)" in done.stderr, done.stderr
         assert (done.returncode, done.stderr.strip().endswith(opening.READABLE)) == (1, True)
@@ -264,3 +263,39 @@ def test_an_error_is_one_json_object_on_standard_output(weightkit: Call) -> None
     code, out, err = weightkit("verify", "nowhere", "--json")
     assert code == 1
     assert json.loads(out)["message"] == err.removeprefix("Error: ").strip()
+
+
+# --- what stands in the way, and what is not worth it -----------------------------------------------------------------
+
+
+def test_a_dry_run_says_that_the_disk_is_too_small(
+    weightkit: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, before, _ = weightkit("strip", folder, "out", "--dry-run")
+    assert "too little" not in before
+    monkeypatch.setattr("weightkit.writer.summary.free_disk_bytes", lambda place: 1000)
+    monkeypatch.setattr("weightkit.writer.target.free_disk_bytes", lambda place: 1000)
+    code, output, _ = weightkit("strip", folder, "out", "--dry-run")
+    assert code == 0
+    needed = json.loads(weightkit("strip", folder, "out", "--dry-run", "--json")[1])["needed_disk_bytes"]
+    assert f"free disk  1.0 kB - too little: {human_bytes(needed)} needed" in output
+    code, _, errors = weightkit("strip", folder, "out")
+    assert code == 1
+    assert f"expected {human_bytes(needed)} ({needed:,} bytes), found 1.0 kB (1,000 bytes)" in errors
+
+
+def test_a_dry_run_says_that_memory_is_too_small(
+    weightkit: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightkit.writer.summary.available_memory_bytes", lambda: 1000)
+    _, output, _ = weightkit("strip", folder, "out", "--dry-run", "--jobs", 1)
+    assert re.search(r"of buffers for 1 job; 1\.0 kB available - too little: [\d.]+ MB needed", output)
+
+
+def test_a_conversion_that_changes_nothing_says_so(weightkit: Call, folder: Path) -> None:
+    for arguments in (["strip", folder, "a"], ["cast", folder, "b", "--to", "bf16"]):
+        assert "Note" not in weightkit(*arguments)[2]
+    for arguments in (["strip", "a", "c"], ["cast", "b", "d", "--to", "bf16"]):
+        code, _, errors = weightkit(*arguments)
+        assert (code, "Note: no tensor changes; this makes a copy." in errors) == (0, True)
+    assert "Note" not in weightkit("strip", "a", "e", "-q")[2]

@@ -30,8 +30,7 @@ def command(to: str, scale_fmt: str, no_mtp: bool, **options: Any) -> None:
     from weightkit.transforms import cast, cast_to_fp8, strip_mtp
 
     run = Conversion(**options)
-    checkpoint = run.open()
-    if no_mtp:
-        checkpoint = strip_mtp(checkpoint)
+    opened = run.open()
+    checkpoint = strip_mtp(opened) if no_mtp else opened
     made = cast_to_fp8(checkpoint, scale_fmt=scale_fmt) if to == "fp8" else cast(checkpoint, to)
-    run.write(made, to, *["no-mtp"] * no_mtp)
+    run.write(made, to, *["no-mtp"] * no_mtp, opened=opened)

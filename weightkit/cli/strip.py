@@ -21,4 +21,5 @@ def command(**options: Any) -> None:
 
     run = Conversion(**options)
     form = "no-mtp" if run.src else f"{published_form(run.model)}-no-mtp"
-    run.write(strip_mtp(run.open()), form)
+    opened = run.open()
+    run.write(strip_mtp(opened), form, opened=opened)

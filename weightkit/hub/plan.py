@@ -20,7 +20,7 @@ from weightkit.hub.transport import Source, Transport
 from weightkit.hub.wanted import choose_hubs, require_manifest, resolve, select
 from weightkit.machine import free_disk_bytes
 from weightkit.remote.patience import Patience, Throttle
-from weightkit.units import human_bytes
+from weightkit.units import exact_bytes, human_bytes
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,8 @@ def require_space(plan: FetchPlan) -> None:
         raise SpaceError(
             "not enough free space",
             where=plan.target,
-            expected=f"{lacking + slack:,} bytes",
-            found=f"{plan.free_disk_bytes:,}",
+            expected=exact_bytes(lacking + slack),
+            found=exact_bytes(plan.free_disk_bytes),
             fix="Free some, name a target elsewhere, or fetch a part: --include, --exclude, --no-mtp.",
         )
 

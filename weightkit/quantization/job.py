@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from weightkit.quantization.state import State
 from weightkit.quantization.token_arrays import unknown_id
 from weightkit.ranks.ranks import Ranks
 from weightkit.remote.address import title_of
-from weightkit.units import counted, human_bytes
+from weightkit.units import counted, exact_bytes, human_bytes
 from weightkit.writer import Summary, summarize
 from weightkit.writer.journal import Progress
 from weightkit.writer.target import require_space, space_needed
@@ -177,8 +177,8 @@ def _share(sequences: int, seq_len: int, ranks: Ranks) -> range:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job will take. ``write`` is the writer's part, which does not count ``source_bytes``, the weights that
-    integers are made from; sizes are bytes, ``gpu_bytes`` and ``host_bytes`` of a rank."""
+    """What a job will take. ``source_bytes``, of what ``write`` reads, are the weights that integers are made from;
+    sizes are bytes, ``gpu_bytes`` and ``host_bytes`` of a rank."""
 
     write: Summary
     source_bytes: int
@@ -217,6 +217,7 @@ def describe(job: Job, *, force: bool = False) -> Cost:
     write = summarize(job.plan.write, jobs=1, force=force)
     ranks, device = job.ranks.size, job.engine.name
     source_bytes = job.plan.quantized_source_bytes
+    write = replace(write, read_bytes=write.read_bytes + source_bytes)
     if job.calibrated is None:
         return Cost(write, source_bytes, ranks, device)
     memory, (samples, seq_len) = job.calibrated.memory, job.calibrated.data.tokens.shape
@@ -248,7 +249,7 @@ def require_disk(job: Job, files: Mapping[str, Progress], *, force: bool) -> Non
         raise SpaceError(
             "not enough free space for the activations that are kept for a resume",
             where=plan.target,
-            expected=f"{needed:,} bytes",
-            found=f"{free:,}",
+            expected=exact_bytes(needed),
+            found=exact_bytes(free),
             fix="Free some, or use --snapshot-layers 0: a stopped run then goes through finished layers again.",
         )

@@ -14,12 +14,14 @@ from weightkit.units import counted, human_bytes, human_seconds
 from weightkit.writer.executor import peak_memory_bytes
 from weightkit.writer.plan import Plan
 from weightkit.writer.sourcing import Sourcing, plan_sourcing
-from weightkit.writer.target import inspect_target
+from weightkit.writer.sourcing import spool_bytes as spooled_on_disk
+from weightkit.writer.target import inspect_target, space_needed
 
 
 @dataclass(frozen=True)
 class Summary:
     """A plan's cost. ``left_bytes`` is what is still to be written; ``state`` is ``new``, ``continue`` or ``complete``.
+    Where ``needed_disk_bytes`` are not free, or memory is less than its peak, a run is refused.
 
     ``estimated_s``, of what is left at the rates that ``weightkit bench`` measured (``estimated_from``), is a lower
     bound; None where nothing was measured, or the work is not of the kind that was.
@@ -37,6 +39,7 @@ class Summary:
     read_bytes: int
     write_bytes: int
     left_bytes: int
+    needed_disk_bytes: int
     free_disk_bytes: int
     jobs: int
     peak_memory_bytes: int
@@ -58,12 +61,13 @@ class Summary:
         memory = human_bytes(self.available_memory_bytes)
         rows = {
             "target": f"{self.target} ({self.state})",
-            "files": f"{self.files}, and {self.side_files} side files",
+            "files": f"{self.files}, and {counted(self.side_files, 'side file')}",
             "tensors": f"{self.tensors:,}, {self.converted_tensors:,} of them converted",
             "read": human_bytes(self.read_bytes),
             "write": f"{human_bytes(self.write_bytes)}, {human_bytes(self.left_bytes)} left",
-            "free disk": human_bytes(self.free_disk_bytes),
-            "memory": f"{human_bytes(self.peak_memory_bytes)} of buffers for {self.jobs} jobs; {memory} available",
+            "free disk": human_bytes(self.free_disk_bytes) + self._short(self.needed_disk_bytes, self.free_disk_bytes),
+            "memory": f"{human_bytes(self.peak_memory_bytes)} of buffers for {counted(self.jobs, 'job')};"
+            f" {memory} available" + self._short(self.peak_memory_bytes, self.available_memory_bytes),
         }
         if self.spooled_files:
             rows["fetch"] = (
@@ -75,6 +79,11 @@ class Summary:
         if self.estimated_s is not None:
             rows["time"] = f"at least {human_seconds(self.estimated_s)}, estimated from {self.estimated_from}"
         return "\n".join(f"{key:<10} {value}" for key, value in rows.items())
+
+    @staticmethod
+    def _short(needed: int, there: int) -> str:
+        """What stands in the way, which a run would refuse to start for."""
+        return f" - too little: {human_bytes(needed)} needed" if needed > there else ""
 
 
 def summarize(
@@ -101,6 +110,8 @@ def summarize(
     jobs = sourcing.jobs
     done = sum(state.files[file.name].bytes for file in plan.files if file.name in state.files)
     left = 0 if state.complete else plan.bytes_written - done
+    beside = sourcing.limit_bytes - spooled_on_disk(plan.target)
+    needed = 0 if state.complete else space_needed(plan, state.files, force=force) + beside
     estimated_s, estimated_from = _estimated(plan, left, jobs)
     return Summary(
         target=str(plan.target),
@@ -112,6 +123,7 @@ def summarize(
         read_bytes=plan.bytes_read,
         write_bytes=plan.bytes_written,
         left_bytes=left,
+        needed_disk_bytes=max(0, needed),
         free_disk_bytes=free_disk_bytes(plan.target),
         jobs=jobs,
         peak_memory_bytes=peak_memory_bytes(plan, jobs),

@@ -15,6 +15,7 @@ from weightkit.checkpoint.stamp import Stamp
 from weightkit.durable import PARTIAL, SLACK_BYTES, STATE_DIR
 from weightkit.errors import FormatError, SpaceError, TargetError
 from weightkit.machine import available_memory_bytes, free_disk_bytes
+from weightkit.units import exact_bytes
 from weightkit.writer.journal import JOURNAL_NAME, Progress, read_history
 from weightkit.writer.plan import Plan
 
@@ -153,8 +154,8 @@ def require_space(plan: Plan, files: Mapping[str, Progress], *, force: bool = Fa
         raise SpaceError(
             "not enough free space",
             where=plan.target,
-            expected=f"{needed:,} bytes",
-            found=f"{free:,}",
+            expected=exact_bytes(needed),
+            found=exact_bytes(free),
             fix="Free some, or name a target elsewhere.",
         )
 
@@ -177,8 +178,8 @@ def require_memory(needed: int) -> None:
         raise SpaceError(
             "not enough memory for the buffers",
             where="--jobs",
-            expected=f"{needed:,} bytes",
-            found=f"{available:,} available",
+            expected=exact_bytes(needed),
+            found=f"{exact_bytes(available)} available",
             fix="Use a smaller --jobs.",
         )
 
