@@ -87,6 +87,7 @@ def config_of(layers: int, dense: int, experts: int, vocab: int, mtp: int) -> di
         "num_hidden_layers": layers,
         "first_k_dense_replace": dense,
         "n_routed_experts": experts,
+        "n_group": min(8, experts // 2),  # a group's score is that of its best two
         "vocab_size": vocab,
         "num_nextn_predict_layers": mtp,
         "initializer_range": STD,
