@@ -162,7 +162,7 @@ def _print_many(results: Sequence[Generation], plan: GenerationPlan, *, as_json:
         click.echo(f"--- prompt {number}")
         click.echo(result.text)
     if not quiet:
-        from weightkit.generation.runtime import render_many
+        from weightkit.generation.result import render_many
 
         click.echo(render_many(results), err=True)
 

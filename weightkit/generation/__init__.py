@@ -2,7 +2,8 @@
 
 from weightkit.generation.plan import GenerationPlan
 from weightkit.generation.prompts import read_prompts
-from weightkit.generation.runtime import Generation, Runtime, Stream, generate
+from weightkit.generation.result import Generation
+from weightkit.generation.runtime import Runtime, Stream, generate
 from weightkit.generation.sampling import Sampling
 from weightkit.generation.tokenizer import TextStream, Tokenizer
 
