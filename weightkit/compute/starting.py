@@ -67,13 +67,25 @@ class StartingEngine:
         self._thread.start()
 
     def now(self) -> Engine:
-        if self._gpu is not None:
-            return self._gpu
+        gpu = self._gpu
+        if gpu is not None:
+            return gpu
         if self._failure is not None and self._required:
             raise DeviceError(
                 "the GPU cannot be used", where="--device", found=_reason(self._failure), fix="Use --device cpu."
             ) from self._failure
         return self._cpu
+
+    def fail(self, failure: DeviceError) -> bool:
+        """The GPU failed at its work. Returns whether the CPU goes on from now, which is told; not where the GPU is
+        required."""
+        if self._required:
+            return False
+        with self._telling:
+            first, self._gpu, self._failure = self._gpu is not None, None, failure
+        if first:
+            self._say(f"The GPU is given up ({_reason(failure)}). The CPU goes on; the bytes are the same.")
+        return True
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until the GPU is ready, or has failed."""

@@ -36,7 +36,7 @@ from weightkit.compute import CpuEngine, EngineSupply, StartingEngine, strip_byt
 from weightkit.compute.engines import SLOTS
 from weightkit.compute.evaluate import STRIP_ROWS
 from weightkit.durable import FULL, PARTIAL, STATE_DIR, Hold, no_space, only_writer, sync_folder, write_whole
-from weightkit.errors import Interrupted, PlanError, WriteError
+from weightkit.errors import DeviceError, Interrupted, PlanError, WriteError
 from weightkit.machine import default_jobs
 from weightkit.progress import Progress as ProgressBar
 from weightkit.remote.ranges import RemoteFiles
@@ -383,7 +383,7 @@ class Run:
         self.sources = sources or SourceRecord(plan.target)
         self.spool = reader.spool if isinstance(reader, SpoolingReader) else None
         self._reader, self._promises = reader, promises
-        self._files = FileWriter(reader, engine, promises)
+        self._engine, self._files = engine, FileWriter(reader, engine, promises)
         self.written_bytes = 0
         self._read_elsewhere = 0
         self._counting = threading.Lock()
@@ -405,12 +405,24 @@ class Run:
             self.bar.add(file.size_bytes)
             self.bar.part_done()
             return
-        sha256 = self._files.fill(self.partial(file), file, self.history.get(file.name), _Told(self, file))
+        sha256 = self._fill(file)
         if self._promises is not None and is_promised(file):
             self._promises.settle(file.name)
         if self.spool is not None:
             self.spool.end(file)
         self.place(file, sha256)
+
+    def _fill(self, file: PlannedFile) -> str:
+        """The file's SHA-256. Where a GPU fails that nobody insists on, the CPU goes on from what is durable; not of
+        sources on their way through a spool, which may be gone from it."""
+        told = _Told(self, file)
+        try:
+            return self._files.fill(self.partial(file), file, self.history.get(file.name), told)
+        except DeviceError as exc:
+            if self.spool is not None or not isinstance(self._engine, StartingEngine) or not self._engine.fail(exc):
+                raise
+        self.bar.add(-told.position)
+        return self._files.fill(self.partial(file), file, self.history.get(file.name), _Told(self, file))
 
     def partial(self, file: PlannedFile) -> Path:
         """Where the file is filled."""
@@ -464,21 +476,21 @@ class _Told:
 
     def __init__(self, run: Run, file: PlannedFile) -> None:
         self._run, self._file = run, file
-        self._position = 0
+        self.position = 0
 
     def check_stop(self) -> None:
         self._run._check_stop()
 
     def kept(self, count: int) -> None:
         self._run.bar.add(count)
-        self._position = count
+        self.position = count
         if self._run.spool is not None:
             self._run.spool.begin(self._file, count)
 
     def wrote(self, count: int) -> None:
-        self._position += count
+        self.position += count
         if self._run.spool is not None:
-            self._run.spool.passed(self._file, self._position)
+            self._run.spool.passed(self._file, self.position)
         self._run.count(written=count)
         self._run.bar.add(count)
 
