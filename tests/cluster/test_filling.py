@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def test_one_engine_with_the_first_tasks_kernels_however_small(
 ) -> None:
     opened, made = list[Iterable[LazyTensor]](), list[EngineSupply]()
 
-    def open_any(samples: Iterable[LazyTensor]) -> Engine:
+    def open_any(samples: Iterable[LazyTensor], say: Callable[[str], None]) -> Engine:
         opened.append(samples)
         return CpuEngine()
 
@@ -104,7 +104,7 @@ def test_none_for_copies(source: Checkpoint, tmp_path: Path, monkeypatch: pytest
 def test_a_failure_is_in_the_log(
     source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def open_any(samples: Iterable[LazyTensor]) -> Engine:
+    def open_any(samples: Iterable[LazyTensor], say: Callable[[str], None]) -> Engine:
         raise RuntimeError("driver too old")
 
     show_a_gpu(monkeypatch, open_any)
