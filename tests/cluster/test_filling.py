@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401 - what a GPU says comes out of it
 from folders import tree
 from tiny import V3, write_tiny
 
