@@ -208,11 +208,11 @@ def test_a_signal_stops_soon_and_the_next_run_continues(number: signal.Signals, 
     write_tiny(source)
     # a slow source: a named pipe cannot be planned with, so the reading itself is slowed by a tiny buffer and a pause
     script = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "import weightkit.checkpoint.reading as reading\n"
         "read = reading.Reader.read_range\n"
         "def slow(self, path, offset, out):\n"
-        "    print('reading', flush=True)\n"
+        "    os.write(1, b'reading\\n')\n"  # whole, whatever other threads write
         "    time.sleep(0.5)\n"
         "    read(self, path, offset, out)\n"
         "reading.Reader.read_range = slow\n"

@@ -125,7 +125,7 @@ def test_one_broken_gpu_of_eight_is_told_and_left_out(device: DeviceName, monkey
     assert isinstance(working, SomeGpus)
     assert working.devices == [0, 1, 2, 4, 5, 6, 7]
     assert told == [
-        "GPU 3 cannot be used (the GPU failed, found CUDA error: uncorrectable ECC). The others compute; the bytes"
+        "GPU 3 cannot be used (the GPU failed: CUDA error: uncorrectable ECC). The others compute; the bytes"
         " are the same."
     ]
 

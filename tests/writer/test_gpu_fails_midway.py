@@ -73,7 +73,7 @@ def test_the_cpu_goes_on(planned: Plan, tmp_path: Path, strips: int, jobs: int) 
     execute(planned, engine=starting(strips, required=False), jobs=jobs)
     (bar,) = bars
     assert bar.lines == [
-        "The GPU is given up (the GPU failed, found CUDA error: an illegal memory access). The CPU goes on; the bytes"
+        "The GPU is given up (the GPU failed: CUDA error: an illegal memory access). The CPU goes on; the bytes"
         " are the same."
     ]
     assert (bar.added, bar.most) == (planned.bytes_written, planned.bytes_written)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from weightkit.cluster.connection import Node, nodes
-from weightkit.cluster.news import News, reason
+from weightkit.cluster.news import News
 from weightkit.cluster.sight import INSTALL
 from weightkit.compute.engines import DeviceName
+from weightkit.compute.starting import reason
 from weightkit.errors import ClusterError, DeviceError, Interrupted, SpaceError, WeightkitError, raise_all
 from weightkit.machine import MAX_JOBS
 from weightkit.units import counted, human_bytes
@@ -415,8 +416,7 @@ class Crew:
 
 #: Deaths of a process that say nothing against its node.
 _WORKER_DIED = ("WorkerCrashedError", "OutOfMemoryError")
-
-
+#: What Python says where it cannot unpickle what another weightkit pickled.
 _OTHER_CODE = ("cannot import name", "No module named", "Can't get attribute")
 
 

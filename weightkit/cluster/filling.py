@@ -13,11 +13,11 @@ from tempfile import TemporaryFile
 
 from weightkit.checkpoint import LazyTensor, Reader
 from weightkit.checkpoint.stamp import Stamp
-from weightkit.cluster.news import UNUSABLE, Desk, News, reason, tell
+from weightkit.cluster.news import Desk, News, tell
 from weightkit.cluster.sight import SHARE, require_build, require_seen
 from weightkit.compute import CpuEngine, Engine, EngineSupply, start_engine
 from weightkit.compute.engines import DeviceName, cuda_errors
-from weightkit.compute.starting import has_kernel
+from weightkit.compute.starting import UNUSABLE, has_kernel, reason
 from weightkit.durable import STATE_DIR, is_held
 from weightkit.errors import ClusterError, DeviceError
 from weightkit.writer.executor import disk_errors
@@ -126,8 +126,7 @@ class NodeEngine:
         except DeviceError as exc:
             self.fail(exc)
         except Exception as exc:  # torch may not be there, or fail in any way
-            found = f"{type(exc).__name__}: {exc}".partition("\n")[0]
-            self.fail(DeviceError(UNUSABLE, where="--device", found=found, fix="Use --device cpu."))
+            self.fail(DeviceError(UNUSABLE, where="--device", found=reason(exc), fix="Use --device cpu."))
 
     @property
     def failure(self) -> str | None:

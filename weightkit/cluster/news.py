@@ -10,12 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from weightkit.errors import DeviceError, Interrupted, WeightkitError
+from weightkit.errors import Interrupted, WeightkitError
 from weightkit.writer.journal import Progress
 
 #: Seconds between two news, and between two looks whether to go on.
 EVERY_S = 0.5
-UNUSABLE = "the GPU cannot be used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +116,3 @@ def tell(work: Callable[[Desk], object], goes_on: Callable[[], bool]) -> Iterato
         raise ended
     else:
         yield desk.news(result=ended)
-
-
-def reason(failure: DeviceError) -> str:
-    """Why a GPU cannot be used, in a few words."""
-    if failure.found is None or failure.what == UNUSABLE:
-        return failure.found or failure.what
-    return f"{failure.what}: {failure.found}"

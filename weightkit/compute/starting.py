@@ -42,6 +42,7 @@ from weightkit.errors import DeviceError
 #: ``auto`` starts no GPU for less: one takes 4 to 5 s to start (torch, CUDA, kernels; measured beside an H200), in
 #: which 16 cores cast 20 GB, and a process ends no sooner than the GPU that it starts.
 WORTH_BYTES = 32 << 30
+UNUSABLE = "the GPU cannot be used"
 #: What the kernels are loaded with: strips as the writer's.
 SAMPLE_BYTES = 8 << 20
 
@@ -71,9 +72,8 @@ class StartingEngine:
         if gpu is not None:
             return gpu
         if self._failure is not None and self._required:
-            raise DeviceError(
-                "the GPU cannot be used", where="--device", found=_reason(self._failure), fix="Use --device cpu."
-            ) from self._failure
+            found = reason(self._failure)
+            raise DeviceError(UNUSABLE, where="--device", found=found, fix="Use --device cpu.") from self._failure
         return self._cpu
 
     def fail(self, failure: DeviceError) -> bool:
@@ -84,7 +84,7 @@ class StartingEngine:
         with self._telling:
             first, self._gpu, self._failure = self._gpu is not None, None, failure
         if first:
-            self._say(f"The GPU is given up ({_reason(failure)}). The CPU goes on; the bytes are the same.")
+            self._say(f"The GPU is given up ({reason(failure)}). The CPU goes on; the bytes are the same.")
         return True
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -105,7 +105,7 @@ class StartingEngine:
         except BaseException as exc:  # a driver, torch or Triton may fail in any way
             self._failure = exc
             if not self._required:
-                self._say(f"The GPU cannot be used ({_reason(exc)}). The CPU computes; the bytes are the same.")
+                self._say(f"The GPU cannot be used ({reason(exc)}). The CPU computes; the bytes are the same.")
 
     def _say(self, *messages: str) -> None:
         with self._telling:
@@ -117,10 +117,13 @@ class StartingEngine:
             tell(message)
 
 
-def _reason(failure: BaseException | None) -> str:
-    if isinstance(failure, DeviceError):
-        return ", ".join(filter(None, (failure.what, failure.facts)))
-    return f"{type(failure).__name__}: {failure}".partition("\n")[0]
+def reason(failure: BaseException) -> str:
+    """Why a GPU cannot be used, in a few words."""
+    if not isinstance(failure, DeviceError):
+        return f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    if failure.found is None or failure.what == UNUSABLE:
+        return str(failure.found or failure.what)
+    return f"{failure.what}: {failure.found}"
 
 
 def start_engine(
@@ -227,7 +230,7 @@ def _open(samples: Sequence[LazyTensor], say: Callable[[str], None]) -> Engine:
     if not working:
         raise next(iter(failures.values()))
     for number, failure in failures.items():
-        say(f"GPU {number} cannot be used ({_reason(failure)}). The others compute; the bytes are the same.")
+        say(f"GPU {number} cannot be used ({reason(failure)}). The others compute; the bytes are the same.")
     return CudaEngine(working)
 
 

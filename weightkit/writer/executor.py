@@ -46,7 +46,6 @@ from weightkit.writer.journal import Journal, Progress
 from weightkit.writer.pieces import STRIP_BYTES
 from weightkit.writer.plan import Plan, PlannedFile
 from weightkit.writer.sourcing import SPOOL_DIR, SourceRecord, Sourcing, plan_sourcing, remote_sources
-from weightkit.writer.sourcing import spool_bytes as spooled_bytes
 from weightkit.writer.spool import Spool, SpoolingReader, clear_spool
 from weightkit.writer.stream import BUFFER_BYTES, BUFFERS
 from weightkit.writer.target import clear_target, inspect_target, require_memory, require_space
@@ -228,7 +227,7 @@ def execute(
         _sweep(plan.target)
         return _nothing_to_do(plan, started)
     sourcing = plan_sourcing(plan, state.files, jobs=jobs, limit_bytes=spool_bytes, elsewhere=own is None, force=force)
-    require_space(plan, state.files, force=force, beside_bytes=sourcing.limit_bytes - spooled_bytes(plan.target))
+    require_space(plan, state.files, force=force, beside_bytes=sourcing.lacking_bytes(plan.target))
     if own is not None and sourcing.spooled:
         own = LocalExecutor(sourcing.jobs)
     executor = executor or own or LocalExecutor(jobs)

@@ -97,6 +97,10 @@ class Sourcing:
         """Bytes of all files that pass through the spool."""
         return sum(self.stamps[path].size_bytes for path in self.spooled)
 
+    def lacking_bytes(self, target: Path) -> int:
+        """Of the disk, what the spool may take beside what an earlier run left in it."""
+        return self.limit_bytes - spool_bytes(target)
+
 
 def plan_sourcing(
     plan: Plan,

@@ -14,7 +14,6 @@ from weightkit.units import counted, human_bytes, human_seconds
 from weightkit.writer.executor import peak_memory_bytes
 from weightkit.writer.plan import Plan
 from weightkit.writer.sourcing import Sourcing, plan_sourcing
-from weightkit.writer.sourcing import spool_bytes as spooled_on_disk
 from weightkit.writer.target import inspect_target, space_needed
 
 
@@ -110,8 +109,7 @@ def summarize(
     jobs = sourcing.jobs
     done = sum(state.files[file.name].bytes for file in plan.files if file.name in state.files)
     left = 0 if state.complete else plan.bytes_written - done
-    beside = sourcing.limit_bytes - spooled_on_disk(plan.target)
-    needed = 0 if state.complete else space_needed(plan, state.files, force=force) + beside
+    needed = space_needed(plan, state.files, force=force) + sourcing.lacking_bytes(plan.target)
     estimated_s, estimated_from = _estimated(plan, left, jobs)
     return Summary(
         target=str(plan.target),
@@ -123,7 +121,7 @@ def summarize(
         read_bytes=plan.bytes_read,
         write_bytes=plan.bytes_written,
         left_bytes=left,
-        needed_disk_bytes=max(0, needed),
+        needed_disk_bytes=0 if state.complete else max(0, needed),
         free_disk_bytes=free_disk_bytes(plan.target),
         jobs=jobs,
         peak_memory_bytes=peak_memory_bytes(plan, jobs),
