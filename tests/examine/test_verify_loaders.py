@@ -11,7 +11,11 @@ import pytest
 from tiny import KIMI, V2_LITE, V3, V3_INT4, Tiny, write_safetensors, write_tiny
 
 import weightkit as wk
+from weightkit import manifests
 from weightkit.errors import WeightkitError
+from weightkit.examine.loaders import CLASSES, config_problems
+from weightkit.examine.rope import rope_notes
+from weightkit.family import Architecture
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -66,6 +70,7 @@ def test_published_classes_are_right(model: Tiny, tmp_path: Path) -> None:
         (lambda c: c.update(eos_token_id=64), "eos_token_id is no token"),
         (lambda c: c.update(eos_token_id=[1, -1]), "eos_token_id is no token"),
         (lambda c: c.update(bos_token_id="0"), "bos_token_id is no token"),
+        (lambda c: c.update(pad_token_id=64), "pad_token_id is no token"),
         (lambda c: c.update(hidden_act="gelu"), "another activation function"),
         (lambda c: c.update(rope_scaling={"type": "yarn"}), "YaRN needs it"),
         (lambda c: c.update(rope_scaling={"type": "yarn", "factor": "40"}), "factor: expected a number"),
@@ -77,10 +82,72 @@ def test_config(change: Change, what: str, fp8: Path) -> None:
     assert what in only(fp8).what
 
 
+O_PROJ = "model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize("field", ["modules_to_not_convert", "ignored_layers"])
+def test_fp8_although_it_is_excepted(field: str, fp8: Path) -> None:
+    edit(fp8 / "config.json", lambda c: c["quantization_config"].update({field: [O_PROJ]}))
+    problem = only(fp8)  # its scale is no second one
+    assert str(problem.where).endswith(f"{O_PROJ}.weight")
+    assert (problem.expected, problem.found) == ("BF16", "F8_E4M3")
+    assert "modules_to_not_convert" in str(problem.fix)
+
+
+def test_not_fp8_and_not_excepted(fp8: Path, tmp_path: Path) -> None:
+    """A linear weight in BF16 without a scale is right where the config excepts it, and only there."""
+    contents = write_tiny(tmp_path / "it", shards=1)
+    dtype, shape, data = contents[f"{O_PROJ}.weight"]
+    del contents[f"{O_PROJ}.weight_scale_inv"]
+    contents[f"{O_PROJ}.weight"] = ("BF16", shape, data * 2)
+    folder = tmp_path / "single"
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", contents)
+    (folder / "config.json").write_text(json.dumps(V3.config()))
+    problem = only(folder)
+    assert (problem.expected, problem.found) == (dtype, "BF16")
+    assert "modules_to_not_convert" in str(problem.fix)
+    edit(folder / "config.json", lambda c: c["quantization_config"].update(ignored_layers=[O_PROJ]))
+    assert wk.verify(folder, progress=False).ok
+
+
+@pytest.mark.parametrize("name", ["o_proj", "self_attn.o_proj", "", "model.layers.*.self_attn", "re:.*o_proj"])
+def test_exceptions_that_engines_read_differently(name: str, fp8: Path) -> None:
+    edit(fp8 / "config.json", lambda c: c["quantization_config"].update(modules_to_not_convert=["lm_head", name]))
+    problem = only(fp8)
+    assert "by patterns or by ends of names" in problem.what
+    assert problem.found == repr(name)
+
+
+@pytest.mark.parametrize("value", [O_PROJ, [3], {"a": 1}])
+def test_exceptions_that_are_no_names(value: object, fp8: Path) -> None:
+    edit(fp8 / "config.json", lambda c: c["quantization_config"].update(ignored_layers=value))
+    assert "ignored_layers: expected a list of names" in only(fp8).what
+
+
+def test_exceptions_as_glm_publishes_them(fp8: Path) -> None:
+    """All that is never quantized, and a name that no module has (``indexers_proj``)."""
+    layers = ["input_layernorm", "mlp.gate", "mlp.gate.e_score_correction_bias", "self_attn.indexers_proj", "eh_proj"]
+    names = ["lm_head", "model.embed_tokens", *(f"model.layers.{n}.{name}" for n in range(4) for name in layers)]
+    edit(fp8 / "config.json", lambda c: c["quantization_config"].update(modules_to_not_convert=names))
+    report = wk.verify(fp8, progress=False)
+    assert report.ok, report.render()
+
+
+@pytest.mark.parametrize("name", manifests.names())
+def test_no_alarm_about_what_is_published(name: str) -> None:
+    """As tests/family asks of the configs that are written out there."""
+    config = manifests.load(name).config
+    arch = Architecture.from_config(config)
+    named = {**config, "architectures": list(CLASSES[arch.model_type])}
+    assert list(config_problems(named, arch, Path("config.json"))) == []
+    assert list(rope_notes(named)) == []
+
+
 def test_a_class_of_the_folders_own_code(fp8: Path) -> None:
     own = {"AutoModelForCausalLM": "modeling_ours.OursForCausalLM"}
     edit(fp8 / "config.json", lambda c: c.update(architectures=["OursForCausalLM"], auto_map=own))
-    (fp8 / "modeling_ours.py").write_text("")
+    (fp8 / "modeling_ours.py").write_text("class OursForCausalLM: ...")
     assert wk.verify(fp8, progress=False).ok
 
 

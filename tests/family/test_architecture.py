@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from family_configs import FP8, SMALL, V2_LITE, V3, V32, YARN
+from family_configs import FP8, SMALL, V2_LITE, V3, V3_BF16, V32, YARN
 
 from weightkit.errors import ConfigError, UnsupportedError
+from weightkit.examine.loaders import CLASSES, config_problems
+from weightkit.examine.rope import rope_notes
 from weightkit.family import Architecture, blueprint
 
 
@@ -94,6 +97,18 @@ def test_config_booleans_are_not_numbers(key: str) -> None:
         ({"quantization_config": {**FP8, "weight_block_size": [64, 64]}}, "weight_block_size: expected"),
         ({"quantization_config": {**FP8, "weight_block_size": None}}, "weight_block_size: expected"),
         ({"quantization_config": {**FP8, "fmt": "e5m2"}}, "fmt: expected 'e4m3'"),
+        ({"quantization_config": {**FP8, "scale_fmt": "e8m0"}}, "scale_fmt: expected 'ue8m0'"),
+        ({"quantization_config": {**FP8, "ignored_layers": "lm_head"}}, "ignored_layers: expected a list of names"),
+        (
+            {"quantization_config": {**FP8, "ignored_layers": ["a"], "modules_to_not_convert": ["b"]}},
+            "modules_to_not_convert and ignored_layers differ",
+        ),
+        ({"rope_scaling": {**YARN, "type": 3}}, r"rope_scaling\.type: expected a string, found 3"),
+        ({"rope_scaling": {**YARN, "mscale": "1"}}, "mscale: expected a number, found '1'"),
+        ({"rope_scaling": {**YARN, "mscale_all_dim": float("nan")}}, "mscale_all_dim: expected a positive"),
+        ({"rope_scaling": {**YARN, "beta_fast": -1}}, "beta_fast: expected a positive"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor: expected a positive"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta: YaRN divides by its logarithm"),
         ({"quantization_config": {"bits": 4}}, "quant_method: expected a string"),
         ({"quantization_config": "fp8"}, "quantization_config: expected an object"),
         ({"attention_bias": True}, "attention_bias is true"),
@@ -102,6 +117,33 @@ def test_config_booleans_are_not_numbers(key: str) -> None:
 def test_impossible_values_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Architecture.from_config({**V3, **change})
+
+
+def test_the_kind_and_theta_of_rope_in_either_dictionary() -> None:
+    plain = {key: value for key, value in V3.items() if key not in ("rope_scaling", "rope_theta")}
+    for field in ("rope_scaling", "rope_parameters"):
+        arch = Architecture.from_config({**plain, field: {**YARN, "rope_type": None, "rope_theta": 50000}})
+        assert (arch.rope_theta, arch.rope_scaling is None) == (50000.0, False)
+    arch = Architecture.from_config({**V3, "rope_parameters": {"rope_type": "default", "rope_theta": None}})
+    assert (arch.rope_theta, arch.rope_scaling) == (10000.0, None)
+
+
+def test_exceptions_under_either_name() -> None:
+    for given in ({"ignored_layers": ["a.b"]}, {"ignored_layers": ["a.b"], "modules_to_not_convert": ["a.b"]}):
+        quantization = Architecture.from_config({**V3, "quantization_config": {**FP8, **given}}).quantization
+        assert quantization is not None
+        assert quantization.modules_to_not_convert == ("a.b",)
+    quantization = Architecture.from_config({**V3, "quantization_config": {**FP8, "scale_fmt": "float"}}).quantization
+    assert quantization is not None  # as transformers writes what the published config leaves out
+    assert quantization.scale_fmt is None
+
+
+@pytest.mark.parametrize("config", [V3, V3_BF16, V2_LITE, V32, SMALL], ids=["v3", "bf16", "v2-lite", "v3.2", "small"])
+def test_verify_has_nothing_against_published_configs(config: dict[str, Any]) -> None:
+    arch = Architecture.from_config(config)
+    named = {**config, "architectures": list(CLASSES[arch.model_type])}
+    assert list(config_problems(named, arch, Path("config.json"))) == []
+    assert list(rope_notes(named)) == []
 
 
 def test_pain_12_a_distilled_model_is_named() -> None:

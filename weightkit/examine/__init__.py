@@ -3,7 +3,11 @@
 survey.py      what lies at a path: layout, files, headers, index
 declared.py    what the config declares, against what the files hold
 tensors.py     tensors against the blueprint, scales against weights, ranks against each other
-sides.py       code, tokenizer and other small files
+loaders.py     what loaders ask of config.json and its like that no tensor tells
+rope.py        of that, the rotary embedding
+sides.py       the JSON files beside the weights
+code.py        Python that an auto_map names
+tokenizer.py   vocabulary, special tokens, chat template
 stream.py      files read once for all who want their bytes
 checksums.py, values.py, gptq_values.py, replicas.py    those who do
 verify.py      all of it, in one run and one report

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from weightkit.checkpoint.json_file import read_json_object, strings
 from weightkit.errors import ConfigError, WeightkitError
+from weightkit.examine.rope import rope_problems
+from weightkit.examine.sides import GENERATION_NAME
 from weightkit.examine.survey import attempt
-from weightkit.family import Architecture, demo_arguments
+from weightkit.family import Architecture, demo_arguments, quantizable_modules
 from weightkit.layouts.ranks import DEMO_CONFIG_NAME
 
 #: By ``model_type``, what ``architectures`` names in the published configs: engines choose their model's code by it.
@@ -21,7 +24,8 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 }
 #: Of the demo's arguments, what whoever runs it may choose.
 FREE_ARGUMENTS = frozenset(("max_seq_len", "original_seq_len"))
-GENERATION_NAME = "generation_config.json"
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MODULE = re.compile(r"[\w-]+(\.[\w-]+)*")
 _FIX = "Take config.json from the published repository."
 
 
@@ -45,18 +49,46 @@ def config_problems(config: Mapping[str, object], arch: Architecture, where: Pat
             found=f"{names[0]} and {names[1]}",
             fix="Set both to what the tensors are, or remove one.",
         )
-    quantization = config.get("quantization_config")
-    quantization = quantization if isinstance(quantization, Mapping) else {}
-    if quantization.get("quant_method") == "fp8" and quantization.get("activation_scheme") != "dynamic":
+    yield from _fp8_problems(config.get("quantization_config"), arch, where)
+    yield from rope_problems(config, where)
+    yield from _routing_problems(arch, where)
+    yield from _token_problems(config, arch, where)
+
+
+def _fp8_problems(declared: object, arch: Architecture, where: Path) -> Iterator[WeightkitError]:
+    """What the config declares of FP8 and no tensor shows: how inputs are quantized, names that engines read
+    differently."""
+    if not isinstance(declared, Mapping) or declared.get("quant_method") != "fp8":
+        return
+    if declared.get("activation_scheme") != "dynamic":
         yield ConfigError(
             "activation_scheme is not dynamic, the only one that engines have for block scales",
             where=f"{where}: quantization_config",
             expected="dynamic",
-            found=quantization.get("activation_scheme", "none"),
+            found=declared.get("activation_scheme", "none"),
             fix=_FIX,
         )
-    yield from _routing_problems(arch, where)
-    yield from _token_problems(config, arch, where)
+    kept = arch.quantization.modules_to_not_convert if arch.quantization is not None else ()
+    ambiguous = [name for name in kept if not _MODULE.fullmatch(name)] + _ends_of_names(kept, arch)
+    if ambiguous:
+        yield ConfigError(
+            "modules that stay unquantized are named by patterns or by ends of names, which vLLM takes for whole names "
+            "and transformers does not",
+            where=f"{where}: quantization_config",
+            expected="whole names, such as model.layers.0.self_attn.o_proj",
+            found=", ".join(repr(name)[:60] for name in ambiguous[:5]),
+            fix="Name each module whole.",
+        )
+
+
+def _ends_of_names(kept: Sequence[str], arch: Architecture) -> list[str]:
+    """Of the exceptions those that end a linear layer's name and are not all of it. Others than these, such as
+    ``lm_head``, concern what is never quantized."""
+    parts = [name for name in kept if _MODULE.fullmatch(name) and not name.startswith("model.")]
+    if not parts:
+        return []
+    modules = [module for layer in range(arch.total_layers) for module in quantizable_modules(arch, layer)]
+    return [name for name in parts if any(module.endswith(name) for module in modules)]
 
 
 def _routing_problems(arch: Architecture, where: Path) -> Iterator[WeightkitError]:
@@ -106,9 +138,8 @@ def generation_problems(folder: Path, arch: Architecture) -> Iterator[WeightkitE
 
 
 def _token_problems(config: Mapping[str, object], arch: Architecture, where: Path) -> Iterator[WeightkitError]:
-    for field in ("bos_token_id", "eos_token_id"):
-        value = config.get(field)
-        for token in value if isinstance(value, list) else [] if value is None else [value]:
+    for field in TOKEN_FIELDS:
+        for token in listed_tokens(config, field):
             if type(token) is not int or not 0 <= token < arch.vocab_size:
                 yield ConfigError(
                     f"{field} is no token of the vocabulary",
@@ -117,6 +148,14 @@ def _token_problems(config: Mapping[str, object], arch: Architecture, where: Pat
                     found=str(token)[:80],
                     fix="Take the file from the published repository.",
                 )
+
+
+def listed_tokens(config: Mapping[str, object], field: str) -> list[object]:
+    """What stands in a field of special tokens, which may hold one id or several; a ``pad_token_id`` of -1 is none."""
+    value = config.get(field)
+    if value is None or (field == "pad_token_id" and value == -1):
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def demo_problems(folder: Path, arch: Architecture, *, fp8: bool) -> Iterator[WeightkitError]:

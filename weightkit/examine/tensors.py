@@ -28,8 +28,10 @@ CODES_SUFFIX = ".qweight"
 #: What a GPTQ weight has beside its ``qweight``.
 PARTNERS = ("qzeros", "scales", "g_idx")
 WRONG_FILES = "Fetch the file again, or take config.json from the repository that the files are from."
-
-
+WRONG_EXCEPTIONS = (
+    "Correct modules_to_not_convert in quantization_config, or take config.json from the repository that the files are "
+    "from."
+)
 WRONG_RULES = "Correct dynamic in quantization_config, or take config.json from the repository that the files are from."
 LEFT_IN_FP8 = "FP8 beside GPTQ: engines take every tensor that is not F16, BF16 or F32 for one of GPTQ's"
 
@@ -224,7 +226,8 @@ def _check(name: str, found: Held, wanted: Mapping[str, Wanted], held: Mapping[s
     error = TensorError if item.weight_name is None else ScaleError
     if not item.allows(entry.dtype):
         expected = " or ".join((item.dtype, *item.other_dtypes))
-        return error("wrong dtype", where=where, expected=expected, found=entry.dtype, fix=WRONG_FILES)
+        fix = WRONG_EXCEPTIONS if "F8_E4M3" in (item.dtype, entry.dtype) else WRONG_FILES
+        return error("wrong dtype", where=where, expected=expected, found=entry.dtype, fix=fix)
     if entry.shape != shape and not item.optional:
         what = "wrong shape" if item.weight_name is None else _misfit(item)
         return error(what, where=where, expected=list(shape), found=list(entry.shape), fix=WRONG_FILES)
@@ -256,6 +259,8 @@ def _unexpected(
             found=f"a weight in {weight.entry.dtype}",
             fix="Fetch weight and scale from one repository.",
         )
+    if weight is not None and name.removesuffix(SCALE_SUFFIX) in wanted:
+        return None  # the weight is FP8 and should not be, and that is reported
     if leaf == "weight" and module + CODES_SUFFIX in wanted:
         what = "not quantized, and no rule of quantization_config excepts it"
         return TensorError(what, where=where, expected=module + CODES_SUFFIX, found=entry.dtype, fix=WRONG_RULES)

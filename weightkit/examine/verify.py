@@ -19,15 +19,18 @@ from weightkit.examine.checksums import (
     shipped_manifest,
     size_problems,
 )
+from weightkit.examine.code import code_problems
 from weightkit.examine.declared import Declared, read_declared, reconcile
 from weightkit.examine.gptq_values import IntegerScan, wishes
 from weightkit.examine.loaders import config_problems, demo_problems, generation_problems
 from weightkit.examine.replicas import Digests, Replicas, spans_of
 from weightkit.examine.report import Check, Report
-from weightkit.examine.sides import side_problems
+from weightkit.examine.rope import rope_notes
+from weightkit.examine.sides import quantize_config_problems, read_sides
 from weightkit.examine.stream import Consumer, Readers, Reading, read_all
 from weightkit.examine.survey import Survey, attempt, survey
 from weightkit.examine.tensors import partner_problems, published_names, published_or_none, replicated, tensor_problems
+from weightkit.examine.tokenizer import tokenizer_problems
 from weightkit.examine.values import ValueScan
 from weightkit.family import Architecture, Expected
 from weightkit.manifests import Manifest
@@ -229,11 +232,19 @@ class _Run:
     def check_sides(self) -> None:
         """Code, tokenizer and other small files."""
         own = self.declared.config if self.declared.own else None
-        problems, notes = side_problems(self.survey.folder, own)
+        folder, arch = self.survey.folder, self.arch or self.declared.arch
+        contents, problems = read_sides(folder, own)
         self.problems += problems
-        self.notes += notes
+        self.problems += code_problems(folder, contents)
+        vocab_size = arch.vocab_size if arch is not None else None
+        for problems, notes in (
+            tokenizer_problems(folder, contents, vocab_size),
+            quantize_config_problems(folder, contents),
+        ):
+            self.problems += problems
+            self.notes += notes
         self._check_loaders(own)
-        self._did("side files", "code named by auto_map, JSON files")
+        self._did("side files", "code named by auto_map, tokenizer, chat template, JSON files")
 
     def _check_loaders(self, own: Mapping[str, object] | None) -> None:
         """What no tensor tells, held against the architecture that the tensors have."""
@@ -242,6 +253,7 @@ class _Run:
             return
         if own is not None:
             self.problems += config_problems(own, arch, self.declared.where)
+            self.notes += rope_notes(own)
         self.problems += generation_problems(folder, arch)
         if self.survey.ranks is not None:
             fp8 = any(entry.dtype == "F8_E4M3" for _, entry in self.survey.held())

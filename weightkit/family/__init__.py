@@ -1,6 +1,6 @@
 """What the members of the DeepSeek-V3 family are made of: configs, tensor names, roles, split dimensions."""
 
-from weightkit.family.architecture import SUPPORTED, Architecture
+from weightkit.family.architecture import SUPPORTED, Architecture, rope_type
 from weightkit.family.blueprint import (
     DTYPE_SIZE_BYTES,
     Expected,
@@ -63,6 +63,7 @@ __all__ = [
     "read_gptq",
     "rename_expert",
     "require_mp",
+    "rope_type",
     "to_demo",
     "to_published",
     "totals",

@@ -334,22 +334,35 @@ def _rope(reader: _Reader) -> tuple[float, Mapping[str, object] | None]:
     """``rope_theta`` and the scaling, from either spelling. ``rope_parameters`` (transformers 5) holds both."""
     parameters = reader.mapping("rope_parameters")
     scaling = reader.mapping("rope_scaling") if parameters is None else parameters
-    inner_theta = parameters is not None and "rope_theta" in parameters
-    theta = reader.number("rope_theta", default=10000.0, source=parameters if inner_theta else None)
-    kind = None if scaling is None else scaling.get("rope_type", scaling.get("type"))
+    inner_theta = scaling is not None and scaling.get("rope_theta") is not None
+    theta = reader.number("rope_theta", default=10000.0, source=scaling if inner_theta else None)
+    kind = None if scaling is None else rope_type(scaling)
     if kind in (None, "default"):
-        scaling = None
-    if scaling is not None and kind == "yarn":
-        _check_yarn(reader, scaling)
+        return theta, None
+    if not isinstance(kind, str):
+        reader.problems.append(f"rope_scaling.type: expected a string, found {str(kind)[:80]}")
+    elif scaling is not None and kind == "yarn":
+        _check_yarn(reader, scaling, theta)
     return theta, scaling
 
 
-def _check_yarn(reader: _Reader, scaling: Mapping[str, object]) -> None:
-    """What every reader computes the frequencies from; the other fields have defaults."""
+def rope_type(scaling: Mapping[str, object]) -> object:
+    """The kind of a ``rope_scaling`` or ``rope_parameters``, by its newer name or its older; None where it has none."""
+    return scaling.get("rope_type") or scaling.get("type")
+
+
+def _check_yarn(reader: _Reader, scaling: Mapping[str, object], theta: float) -> None:
+    """What every reader computes the frequencies from; fields other than ``factor`` have defaults."""
     if scaling.get("factor") is None:
         reader.problems.append("rope_scaling.factor: missing, and YaRN needs it")
-    else:
-        reader.number("factor", source=scaling)
+    for key in ("factor", "attention_factor"):
+        if scaling.get(key) is not None:
+            reader.number(key, source=scaling)
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        if scaling.get(key) not in (None, 0):  # 0 says the same as nothing
+            reader.number(key, source=scaling)
+    if theta <= 1 and not reader.problems:  # it is 1 where it could not be read
+        reader.problems.append(f"rope_theta: YaRN divides by its logarithm, expected more than 1, found {theta}")
     original = scaling.get("original_max_position_embeddings")
     if original is not None and not (type(original) is int and 0 < original <= MAX_SIZE):
         reader.problems.append(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from weightkit.family.architecture import Architecture
+from weightkit.family.architecture import Architecture, rope_type
 from weightkit.family.blueprint import Expected, Role
 
 DemoValue = int | float | str
@@ -149,7 +149,7 @@ def _unequal_mscale(arch: Architecture) -> bool:
 
 def _unknown_scaling(arch: Architecture) -> bool:
     scaling = arch.rope_scaling
-    return scaling is not None and scaling.get("rope_type", scaling.get("type")) != "yarn"
+    return scaling is not None and rope_type(scaling) != "yarn"
 
 
 def _number(scaling: Mapping[str, object], key: str, default: float) -> float:

@@ -33,7 +33,8 @@ class Quantization:
         method: ``quant_method`` as published: ``fp8``, ``gptq``, ``compressed-tensors``...
         block_size: rows and columns that share a scale; None unless the method is ``fp8``.
         scale_fmt: ``ue8m0`` where the scales are powers of two (V3.1 on), still stored as F32; else None.
-        modules_to_not_convert: modules that keep the unquantized dtype, by the paths the config gives.
+        modules_to_not_convert: modules that keep the unquantized dtype, by the paths the config gives there or in
+            ``ignored_layers``.
         bits: width of a GPTQ code, 4 or 8; 0 for other methods, whose next fields mean nothing.
         group_size: input features that share a scale; -1: all of them.
         sym: whether every zero point is ``2 ** (bits - 1)``.
@@ -144,16 +145,32 @@ def _read_fp8(raw: Mapping[str, object], problems: list[str]) -> Quantization:
     if fmt not in ("e4m3", "float8_e4m3fn"):
         problems.append(f"{_CONFIG}.fmt: expected 'e4m3', found {fmt!r}")
     scale_fmt = raw.get("scale_fmt")
-    if scale_fmt not in (None, "ue8m0"):
-        problems.append(f"{_CONFIG}.scale_fmt: expected 'ue8m0' or none, found {scale_fmt!r}")
-    kept = raw.get("modules_to_not_convert")
+    if scale_fmt not in (None, "float", "ue8m0"):  # transformers writes float where there is none
+        problems.append(f"{_CONFIG}.scale_fmt: expected 'ue8m0', 'float' or none, found {scale_fmt!r}")
     return Quantization(
         "fp8",
         block_size=FP8_BLOCK_SIZE,
-        scale_fmt=scale_fmt if isinstance(scale_fmt, str) else None,
-        modules_to_not_convert=tuple(str(module) for module in kept) if isinstance(kept, list) else (),
+        scale_fmt="ue8m0" if scale_fmt == "ue8m0" else None,
+        modules_to_not_convert=_exceptions(raw, problems),
         raw=raw,
     )
+
+
+def _exceptions(raw: Mapping[str, object], problems: list[str]) -> tuple[str, ...]:
+    """The modules that stay unquantized. transformers calls the list ``modules_to_not_convert`` and vLLM
+    ``ignored_layers``; each takes the other name where its own is not there."""
+    lists: list[tuple[str, ...]] = []
+    for key in ("modules_to_not_convert", "ignored_layers"):
+        value = raw.get(key)
+        if value is None:
+            continue
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            lists.append(tuple(value))
+        else:
+            problems.append(f"{_CONFIG}.{key}: expected a list of names, found {str(value)[:80]}")
+    if len({frozenset(names) for names in lists}) > 1:
+        problems.append(f"{_CONFIG}: modules_to_not_convert and ignored_layers differ, and engines read either")
+    return lists[0] if lists else ()
 
 
 def read_gptq(raw: Mapping[str, object], problems: list[str], *, where: str) -> Quantization | None:
