@@ -318,7 +318,7 @@ def test_the_writer_takes_the_memory_that_it_states(tmp_path: Path, dtype: str) 
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},  # what is freed goes back, and no heap keeps it
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -150,7 +150,7 @@ def test_reads_do_not_depend_on_how_runs_are_covered(
     with pytest.MonkeyPatch.context() as patch, Reader() as reader:
         patch.setattr(reading, "SCRATCH_BYTES", scratch)
         patch.setattr(reading.Reader, "covering_bytes", covering)
-        patch.setattr(reading, "DENSE", dense)
+        patch.setattr("weightkit.checkpoint.copies.DENSE", dense)
         assert reader.read(tensor).tobytes() == array.tobytes()
 
 

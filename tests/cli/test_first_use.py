@@ -299,3 +299,14 @@ def test_a_conversion_that_changes_nothing_says_so(weightkit: Call, folder: Path
         code, _, errors = weightkit(*arguments)
         assert (code, "Note: no tensor changes; this makes a copy." in errors) == (0, True)
     assert "Note" not in weightkit("strip", "a", "e", "-q")[2]
+
+
+def test_a_change_of_layout_that_changes_none_says_so(weightkit: Call, folder: Path) -> None:
+    weightkit("shard", folder, "mp2", "--mp", 2)
+    for arguments in (["merge", "mp2", "o"], ["shard", "mp2", "o", "--mp", 4], ["shard", folder, "o", "--mp", 2]):
+        assert "Note" not in weightkit(*arguments, "--dry-run")[2]
+    cast = ["shard", "mp2", "o", "--mp", 2, "--to", "bf16"]
+    assert "Note" not in weightkit(*cast, "--dry-run")[2]
+    for arguments in (["merge", folder, "o", "--dry-run"], ["shard", "mp2", "p", "--mp", 2], ["merge", folder, "q"]):
+        code, _, errors = weightkit(*arguments)
+        assert (code, "Note: no tensor changes; this makes a copy." in errors) == (0, True)

@@ -80,8 +80,8 @@ CASES = [
     Case("strip {fp8} {out} --dry-run", 9, 250, "write      673.2 GB"),
     Case("cast {fp8} {out} --to bf16 --dry-run", 10, 250, "write      1.37 TB"),
     Case("cast {bf16} {out} --to fp8 --dry-run", 10, 250, "write      688.6 GB"),
-    Case("shard {fp8} {out} --mp 8 --dry-run", 14, 250, "write      681.1 GB"),
-    Case("shard {fp8} {out} --mp 16 --dry-run", 15, 250, "write      690.2 GB"),
+    Case("shard {fp8} {out} --mp 8 --dry-run", 14, 250, "read       740.0 GB\nwrite      681.1 GB"),
+    Case("shard {fp8} {out} --mp 16 --dry-run", 15, 250, "read       690.2 GB\nwrite      690.2 GB"),
     Case("shard {fp8} {out} --ep 64 --dry-run", 20, 300, "write      1.88 TB"),
     Case("shard {fp8} {out} --mp 32 --to bf16 --dry-run", 18, 250, "write      1.41 TB"),
     Case("merge {mp8} {out} --dry-run", 12, 300, "write      673.2 GB"),
@@ -93,7 +93,7 @@ CASES = [
         "write      398.1 GB",
     ),
     Case("launch vllm {fp8}", 13, 350, "vllm serve"),
-    Case("plan {fp8} --gpu-memory 96GiB", 8, 200, "shard --mp 8             673.2 GB"),
+    Case("plan {fp8} --gpu-memory 96GiB", 8, 200, "shard --mp 8             740.0 GB    681.1 GB"),
 ]
 
 
@@ -126,7 +126,7 @@ def _write_ranks(source: Path, folder: Path) -> None:
 def run(case: Case, folders: dict[str, Path], root: Path) -> Took:
     words = case.line.format(**folders, out=root / "out", text=PICO / "calibration.jsonl").split()
     line = [sys.executable, "-c", WRAPPER, sys.executable, "-m", "weightkit", *words]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=root, check=True, timeout=300)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=root, check=True, timeout=900)
     return Took(**json.loads(done.stdout))
 
 

@@ -16,6 +16,8 @@ import weightkit as wk
 from weightkit.checkpoint import Checkpoint
 from weightkit.errors import PlanError
 from weightkit.layouts import FileSet, lay_out_published
+from weightkit.sizing import Machine
+from weightkit.sizing import plan as size
 from weightkit.writer import Plan, make_plan
 from weightkit.writer.executor import peak_memory_bytes
 
@@ -48,6 +50,13 @@ def planned(files: FileSet, tmp_path: Path) -> tuple[Plan, int]:
     return plan, plan.bytes_written - sum(len(file.header) for file in plan.files)
 
 
+def require_as_sized(command: str, gpus: int, made: Plan, data: int) -> None:
+    """Before anything is fetched ``weightkit plan`` says the same of the command."""
+    route = next(route for route in size("deepseek-v3", Machine(gpus)).routes if route.command == command)
+    assert (route.reads_bytes, route.writes_bytes) == (made.bytes_read, data)
+    assert route.disk_bytes == ALL_BYTES + data
+
+
 def test_opened(v3: Checkpoint) -> None:
     assert len(v3.tensors) == 91_991
     assert len(v3.stamps) == 163
@@ -60,6 +69,7 @@ def test_strip(v3: Checkpoint, tmp_path: Path) -> None:
     assert (plan.tensors, data, plan.bytes_read, plan.computed_tensors) == (90_427, MAIN_BYTES, MAIN_BYTES, 0)
     assert len(plan.files) < 163
     assert plan.files[-1].name == f"model-{len(plan.files):05}-of-{len(plan.files):06}.safetensors"
+    require_as_sized("strip", 8, plan, data)
 
 
 def test_cast(v3: Checkpoint, tmp_path: Path) -> None:
@@ -71,7 +81,9 @@ def test_cast(v3: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_cast_without_mtp(v3: Checkpoint, tmp_path: Path) -> None:
-    assert planned(lay_out_published(wk.cast(wk.strip_mtp(v3), "bf16")), tmp_path)[1] == MAIN_BF16_BYTES
+    made, data = planned(lay_out_published(wk.cast(wk.strip_mtp(v3), "bf16")), tmp_path)
+    assert data == MAIN_BF16_BYTES
+    require_as_sized("cast --to bf16 --no-mtp", 8, made, data)
 
 
 @pytest.mark.parametrize("mp", [8, 16])
@@ -81,6 +93,8 @@ def test_shard(mp: int, v3: Checkpoint, tmp_path: Path) -> None:
     assert plan.computed_tensors == 0
     assert len(plan.files) == mp
     assert len({file.size_bytes - len(file.header) for file in plan.files}) == 1
+    assert plan.source_bytes == MAIN_BYTES
+    require_as_sized(f"shard --mp {mp}", mp, plan, data)
 
 
 @pytest.mark.parametrize("mp", [32])
@@ -88,6 +102,7 @@ def test_shard_to_bf16_in_one_pass(mp: int, v3: Checkpoint, tmp_path: Path) -> N
     plan, data = planned(wk.shard(wk.cast(v3, "bf16"), mp=mp), tmp_path)
     assert data == MAIN_BF16_BYTES + (mp - 1) * REPLICATED_BF16
     assert len(plan.files) == mp
+    require_as_sized(f"shard --mp {mp} --to bf16", mp, plan, data)
 
 
 def test_an_illegal_degree(v3: Checkpoint) -> None:

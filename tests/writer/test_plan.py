@@ -17,7 +17,9 @@ from weightkit.checkpoint.folder import SideFile
 from weightkit.checkpoint.tensors import Stored
 from weightkit.errors import FormatError, PlanError, TargetError
 from weightkit.layouts import FileSet, lay_out_published
-from weightkit.writer import make_plan
+from weightkit.machine import usable_cores
+from weightkit.measure import Ceilings, save
+from weightkit.writer import make_plan, summarize
 from weightkit.writer.executor import peak_memory_bytes
 
 
@@ -207,3 +209,16 @@ def test_peak_memory_counts_the_parts_that_are_joined(tmp_path: Path) -> None:
     assert peak(quantized[1]) == peak(quantized[0]) + 2 * strip  # BF16 is two bytes for each of FP8
     plain = Concat((Stored(path, 0, "BF16", (128, 128)), Stored(path, 1 << 20, "BF16", (128, 128))), 1)
     assert peak(Cast(plain, "F32")) == peak(parts[0])
+
+
+def test_an_estimate_reads_what_ranks_share_once(tmp_path: Path) -> None:
+    """A disk does, where the page cache keeps it; an estimate is a bound."""
+    write_tiny(tmp_path / "v3")
+    checkpoint = wk.open_checkpoint(tmp_path / "v3")
+    plan = make_plan(wk.shard(checkpoint, mp=4), tmp_path / "mp4")
+    assert plan.bytes_read > plan.source_bytes == wk.strip_mtp(checkpoint).size_bytes
+    rates = dict.fromkeys(("write", "both_read", "both_write", "copy_one", "copy_all"), 1e12)
+    rates |= dict.fromkeys(("sha256_one", "sha256_all", "dequant_one", "dequant_all"), 1e12)
+    measured = Ceilings("/x", "2026-11-24T00:00:00+00:00", "any", usable_cores(), 0.0, True, 1, read=100.0, **rates)
+    save(measured, tmp_path)
+    assert summarize(plan).estimated_s == plan.source_bytes / 100

@@ -8,6 +8,11 @@ from math import prod
 
 from weightkit.checkpoint.dtypes import itemsize
 from weightkit.checkpoint.tensors import Concat, LazyTensor, Narrow, Stored, size_bytes
+from weightkit.remote.address import is_address
+
+#: Runs at least this share of their stride are read with what lies between them; sparser ones each by itself. (So the
+#: ranks' parts of rows of 16 KiB took three quarters of the CPU time for 16 ranks, two thirds for 32.)
+DENSE = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,17 @@ class Copy:
     out_stride: int
     run_bytes: int
     rows: int = 1
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its runs are read with the gaps between them; over a network always: a request a run would take
+        forever."""
+        return self.run_bytes >= self.stride * DENSE or is_address(self.path)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the file that are read for it, gaps included where they are."""
+        return self.rows * (self.stride if self.is_dense else self.run_bytes)
 
 
 def copies(tensor: LazyTensor) -> tuple[Copy, ...]:

@@ -20,9 +20,6 @@ from weightkit.remote.ranges import RemoteFiles
 
 Bytes = npt.NDArray[np.uint8]
 
-#: Runs at least this share of their stride are read with what lies between them; sparser ones each by itself. (So the
-#: ranks' parts of rows of 16 KiB took three quarters of the CPU time for 16 ranks, two thirds for 32.)
-DENSE = 1 / 8
 #: Scratch for one covering read.
 SCRATCH_BYTES = 4 << 20
 #: Of a local file so much at once, which stays in a core's own cache until the runs are taken from it.
@@ -122,7 +119,7 @@ class Reader:
         )
         if copy.stride == copy.run_bytes == copy.out_stride:
             self.read_range(copy.path, copy.offset, out[copy.out_offset : end])
-        elif copy.run_bytes >= copy.stride * DENSE or is_address(copy.path):  # a request a row would take forever
+        elif copy.is_dense:
             self._read_covering(copy, rows)
         else:
             self._read_runs(copy, out[copy.out_offset : end])

@@ -193,22 +193,26 @@ def is_plain(tensor: LazyTensor) -> bool:
             return False
 
 
+def made_from(tensor: LazyTensor) -> tuple[LazyTensor, ...]:
+    """The tensors that it is made from, in reading order; none of one that is stored or promised."""
+    match tensor:
+        case Narrow(source=source) | Cast(source=source) | BlockQuantized(source=source):
+            return (source,)
+        case Concat(parts=parts):
+            return parts
+        case Dequantized(weight=weight, scale=scale):
+            return weight, scale
+        case GroupDequantized(qweight, qzeros, scales, g_idx):
+            return qweight, qzeros, scales, g_idx
+    return ()
+
+
 def stored_parts(tensor: LazyTensor) -> Iterator[Stored]:
     """Every stored tensor that the tensor is made from, in reading order."""
-    match tensor:
-        case Stored():
-            yield tensor
-        case Narrow(source=source) | Cast(source=source) | BlockQuantized(source=source):
-            yield from stored_parts(source)
-        case Concat(parts=parts):
-            for part in parts:
-                yield from stored_parts(part)
-        case Dequantized(weight=weight, scale=scale):
-            yield from stored_parts(weight)
-            yield from stored_parts(scale)
-        case GroupDequantized(qweight, qzeros, scales, g_idx):
-            for part in (qweight, qzeros, scales, g_idx):
-                yield from stored_parts(part)
+    if isinstance(tensor, Stored):
+        yield tensor
+    for part in made_from(tensor):
+        yield from stored_parts(part)
 
 
 def narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor:

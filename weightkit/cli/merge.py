@@ -14,7 +14,8 @@ from weightkit.cli.options import Conversion, conversion_options
 def command(**options: Any) -> None:
     """Merge the rank files of SRC back into the published layout.
 
-    Every tensor comes back byte for byte. Without SRC: the only rank files of the model in the workspace.
+    Every tensor comes back byte for byte; of a SRC in the published layout it makes a copy. Without SRC: the only rank
+    files of the model in the workspace.
     """
     from weightkit.transforms import merge
     from weightkit.workspace import sharded_source
@@ -22,4 +23,4 @@ def command(**options: Any) -> None:
     run = Conversion(**options)
     checkpoint = run.open(sharded_source)
     form = "merged" if run.src else f"{checkpoint.root.name}-merged"
-    run.write(merge(checkpoint), form)
+    run.write(merge(checkpoint), form, copies=bool(checkpoint.placement))

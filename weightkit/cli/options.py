@@ -153,9 +153,11 @@ class Conversion:
 
         return open_checkpoint(self.src or (default or source)(self.model), config=self.config)
 
-    def write(self, what: Checkpoint | FileSet, *form: str, opened: Checkpoint | None = None) -> None:
+    def write(
+        self, what: Checkpoint | FileSet, *form: str, opened: Checkpoint | None = None, copies: bool = False
+    ) -> None:
         """Carry out, or only print, the writing of ``what`` to DST, or to the place that its ``form`` has in the
-        workspace. It is said where that makes a mere copy of what was ``opened``."""
+        workspace. It is said where that makes a mere copy: it ``copies``, or has the tensors of what was ``opened``."""
         from weightkit.checkpoint import Checkpoint
         from weightkit.compute import start_engine
         from weightkit.layouts import lay_out_published
@@ -164,7 +166,8 @@ class Conversion:
 
         files = lay_out_published(what) if isinstance(what, Checkpoint) else what
         plan = make_plan(files, self.dst or target(self.model, self.src, form))
-        if opened is not None and isinstance(what, Checkpoint) and what.tensors == opened.tensors and not self.quiet:
+        copies = copies or (opened is not None and isinstance(what, Checkpoint) and what.tensors == opened.tensors)
+        if copies and not self.quiet:
             click.echo("Note: no tensor changes; this makes a copy.", err=True)
         if self.dry_run or (self.verbose and not self.as_json):
             elsewhere = self.executor != "local"

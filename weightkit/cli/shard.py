@@ -35,11 +35,14 @@ def command(
     if keep is not None and experts is None:
         raise click.UsageError("--keep needs --experts.")
     run = Conversion(**options)
-    checkpoint = strip_mtp(run.open())
+    opened = run.open()
+    checkpoint = strip_mtp(opened)
     if experts is not None:
         checkpoint = keep_experts(checkpoint, experts, kept=None if keep is None else read_kept(keep))
     if to is not None:
         checkpoint = cast(checkpoint, to)
     ranks = f"mp{mp}" if mp is not None else f"ep{ep}"
     parts = [to, f"experts{experts}" if experts is not None else None, ranks]
-    run.write(shard(checkpoint, mp=mp, ep=ep), *[part for part in parts if part is not None])
+    files = shard(checkpoint, mp=mp, ep=ep)
+    copies = checkpoint.tensors == opened.tensors and set(files.files) == {Path(path).name for path in opened.stamps}
+    run.write(files, *[part for part in parts if part is not None], copies=copies)

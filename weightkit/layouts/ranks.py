@@ -202,7 +202,7 @@ def lay_out_ranks(checkpoint: Checkpoint, mp: int) -> FileSet:
     owned = expert_ranges(arch.n_routed_experts, mp)
 
     def share(tensor: LazyTensor, expected: Expected, rank: int) -> LazyTensor | None:
-        return _share_of_rank(tensor, expected, rank, mp, owned[rank])
+        return share_of_rank(tensor, expected, rank, mp, owned[rank])
 
     return _lay_out(checkpoint, arch, RankSet("mp", mp), share)
 
@@ -218,15 +218,15 @@ def rank_share(checkpoint: Checkpoint, rank: int, mp: int) -> Checkpoint:
     require_mp(arch, mp, fp8="F8_E4M3" in checkpoint.dtypes, gptq=arch.is_gptq)
     owned, expected = expert_ranges(arch.n_routed_experts, mp)[rank], blueprint(arch)
     shares = (
-        (name, _share_of_rank(tensor, expected[name], rank, mp, owned))
+        (name, share_of_rank(tensor, expected[name], rank, mp, owned))
         for name, tensor in checkpoint.tensors.items()
         if name in expected and not expected[name].mtp
     )
     return replace(checkpoint, tensors={name: tensor for name, tensor in shares if tensor is not None})
 
 
-def _share_of_rank(tensor: LazyTensor, expected: Expected, rank: int, mp: int, owned: range) -> LazyTensor | None:
-    """None for an expert that is not among ``owned``."""
+def share_of_rank(tensor: LazyTensor, expected: Expected, rank: int, mp: int, owned: range) -> LazyTensor | None:
+    """What ``rank`` of ``mp`` has of a tensor: all, a part, or None of an expert that is not among ``owned``."""
     if expected.expert is not None:
         return tensor if expected.expert in owned else None
     if expected.split_dim is None:

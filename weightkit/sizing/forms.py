@@ -40,7 +40,7 @@ def forms_of(source: Source, *, group_size: int = GROUP_SIZE) -> tuple[Form, ...
 
 
 def _fp8(arch: Architecture) -> Form:
-    missing = "" if arch.is_fp8 else "its weights are not FP8, and weightkit quantizes none to FP8"
+    missing = "" if arch.is_fp8 else "its weights are not FP8: plan what weightkit cast --to fp8 makes of them"
     return Form("fp8", arch, missing=missing)
 
 

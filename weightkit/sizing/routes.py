@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from weightkit import manifests
 from weightkit.family import Architecture, legal_mp
 from weightkit.sizing.forms import Form
+from weightkit.sizing.sharding import shard_bytes
 from weightkit.sizing.source import Source
 from weightkit.sizing.weights import Weights
 
@@ -23,7 +24,8 @@ class Route:
 
     Attributes:
         command: as it is typed.
-        reads_bytes: from the disk, or, of ``fetch``, from the network.
+        reads_bytes: from files, as the command's dry run counts them, or, of ``fetch``, from the network. What ranks
+            share is read by each; a disk is spared what the page cache keeps of it.
         writes_bytes: to the disk, what stays there.
         disk_bytes: most that lies on the disk at once: source, result, and what is kept for a resume.
         wall_s: at the speeds that were assumed. A disk's speed is shared by what is read and what is written.
@@ -78,8 +80,8 @@ _Made = Mapping[str, tuple[Form, Weights]]  # by the command that makes it: cast
 
 
 def _routes(source: Source, own: Weights, made: _Made, gpus: int, speeds: _Speeds) -> Iterator[Route]:
-    held, main = own.size_bytes(mtp=True), own.size_bytes(mtp=False)
-    strips = main < held
+    data, main = own.size_bytes(mtp=True), own.size_bytes(mtp=False)
+    held, strips = source.files_bytes or data, main < data
     suffix = " --no-mtp" if strips else ""
     if source.published:
         by_network, by_disk = held / speeds.network, held / speeds.disk
@@ -93,17 +95,17 @@ def _routes(source: Source, own: Weights, made: _Made, gpus: int, speeds: _Speed
             yield _quantize(command, source, speeds, held=held, reads=main, writes=out)
         else:
             yield speeds.convert(command, held, main, out)
-    yield from _shards(source.arch, own, made, gpus, speeds)
+    yield from _shards(source, made, held, gpus, speeds)
 
 
-def _shards(arch: Architecture, own: Weights, made: _Made, gpus: int, speeds: _Speeds) -> Iterator[Route]:
-    held, main = own.size_bytes(mtp=True), own.size_bytes(mtp=False)
+def _shards(source: Source, made: _Made, held: int, gpus: int, speeds: _Speeds) -> Iterator[Route]:
+    arch = source.arch
     ranks = _most(legal_mp(arch, fp8=arch.is_fp8, gptq=arch.is_gptq), gpus)
-    yield speeds.convert(f"shard --mp {ranks}", held, main, own.in_ranks(ranks))
+    yield speeds.convert(f"shard --mp {ranks}", held, *shard_bytes(source, arch, ranks))
     if "cast" in made:
-        form, bf16 = made["cast"]
-        ranks = _most(legal_mp(form.arch, fp8=False), gpus)
-        yield speeds.convert(f"shard --mp {ranks} --to bf16", held, main, bf16.in_ranks(ranks))
+        bf16 = made["cast"][0].arch
+        ranks = _most(legal_mp(bf16, fp8=False), gpus)
+        yield speeds.convert(f"shard --mp {ranks} --to bf16", held, *shard_bytes(source, bf16, ranks))
 
 
 def _most(legal: tuple[int, ...], gpus: int) -> int:

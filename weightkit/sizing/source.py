@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from weightkit import manifests
 from weightkit.checkpoint.remote import locate
+from weightkit.checkpoint.tensors import LazyTensor
 from weightkit.errors import NotACheckpointError, PlanError
 from weightkit.family import Architecture, is_mtp
 from weightkit.layouts import open_checkpoint
@@ -28,6 +29,8 @@ class Source:
         path: None for a model that is only known by name.
         published: whether a hub has it.
         calibration_tokens: that ``weightkit quantize`` calibrates it with.
+        tensors: of a checkpoint, by published name.
+        files_bytes: of its weight files, headers included.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Source:
     path: Path | None
     published: bool
     calibration_tokens: int = CALIBRATION_SAMPLES * CALIBRATION_TOKENS
+    tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
+    files_bytes: int = 0
 
 
 def read_source(what: str | Path, *, config: str | Path | Mapping[str, object] | None = None) -> Source:
@@ -65,7 +70,9 @@ def _on_disk(path: Path, config: str | Path | Mapping[str, object] | None) -> So
     arch = architecture_of(checkpoint)
     if arch.num_nextn_predict_layers and not any(is_mtp(name, arch) for name in checkpoint.tensors):
         arch = without_mtp(arch)  # rank files have none, whatever the config that was given for them says
-    return Source(title_of(path.resolve()), arch, path, False)
+    files_bytes = sum(stamp.size_bytes for stamp in checkpoint.stamps.values())
+    name = title_of(path.resolve())
+    return Source(name, arch, path, False, tensors=checkpoint.tensors, files_bytes=files_bytes)
 
 
 def without_mtp(arch: Architecture) -> Architecture:

@@ -117,11 +117,6 @@ class Weights:
         """Bytes of the routed experts that one token uses, in all layers of the main model."""
         return self.parts["routed"].experts // self.n_experts * self.experts_per_token if "routed" in self.parts else 0
 
-    def in_ranks(self, n: int) -> int:
-        """Bytes of all ``n`` files of ``shard --mp``, which leaves MTP layers out: what is not split is in each."""
-        main = (part for name, part in self.parts.items() if name != MTP)
-        return sum(part.split + part.whole * n + part.experts for part in main)
-
 
 def weigh(arch: Architecture, *, alike: bool = True) -> Weights:
     """Sum the blueprint.
@@ -151,12 +146,17 @@ def _counted(arch: Architecture, *, alike: bool) -> Iterator[tuple[Expected, int
     """Every record of the blueprint, or one for all like it, with their number."""
     for record in outer_records(arch):
         yield record, 1
+    for layer, count in alike_layers(arch, alike=alike):
+        for record in layer_records(arch, layer):
+            yield record, count
+
+
+def alike_layers(arch: Architecture, *, alike: bool) -> list[tuple[int, int]]:
+    """One layer for all of its kind, with their number; every layer where they are not to be taken for ``alike``."""
     kinds: dict[object, list[int]] = {}
     for layer in range(arch.total_layers):
         kinds.setdefault(_kind(arch, layer) if alike else layer, []).append(layer)
-    for layers in kinds.values():
-        for record in layer_records(arch, layers[0]):
-            yield record, len(layers)
+    return [(layers[0], len(layers)) for layers in kinds.values()]
 
 
 def _kind(arch: Architecture, layer: int) -> object:

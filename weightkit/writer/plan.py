@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from weightkit.checkpoint import build_header
+from weightkit.checkpoint.copies import copies
 from weightkit.checkpoint.folder import LOCK_NAME, SideFile
 from weightkit.checkpoint.index import INDEX_NAME, index_bytes, is_file_name, is_relative_path
 from weightkit.checkpoint.stamp import Stamp
@@ -24,6 +25,7 @@ from weightkit.checkpoint.tensors import (
     Promised,
     Stored,
     is_plain,
+    made_from,
     size_bytes,
     stored_parts,
 )
@@ -76,14 +78,16 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of source tensors that the outputs are made from, counted once for each output that needs them; codes
-        and scales of a weight in one file are one."""
-        return sum(
-            size_bytes(part)
-            for file in self.files
-            for tensor in _read_for(file.tensors.values())
-            for part in stored_parts(tensor)
-        )
+        """Bytes that are read of the source, as ``read_bytes`` counts, for each output that needs them; codes and
+        scales of a weight in one file are one."""
+        return sum(read_bytes(tensor) for file in self.files for tensor in _read_for(file.tensors.values()))
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Bytes of source tensors that the outputs are made from, each counted once: a disk reads no less, however much
+        the page cache keeps of what several outputs need."""
+        tensors = (tensor for file in self.files for tensor in file.tensors.values())
+        return sum(map(size_bytes, {part for tensor in tensors for part in stored_parts(tensor)}))
 
     @property
     def computed(self) -> list[LazyTensor]:
@@ -126,6 +130,14 @@ def _read_for(tensors: Iterable[LazyTensor]) -> Iterator[LazyTensor]:
         if not (isinstance(tensor, BlockQuantized) and tensor.scales and replace(tensor, scales=False) == last):
             yield tensor
         last = tensor
+
+
+def read_bytes(tensor: LazyTensor) -> int:
+    """Bytes of files that are read to make a tensor. A part of the columns is read with what lies between its rows, or
+    without it where the reader goes from run to run."""
+    if is_plain(tensor):
+        return sum(copy.read_bytes for copy in copies(tensor))
+    return sum(map(read_bytes, made_from(tensor)))
 
 
 def _sha256(file: SideFile) -> str:

@@ -166,7 +166,7 @@ def _work(plan: Plan) -> Work | None:
                 if codes is None:
                     return None
                 dequantized += codes
-    return Work(plan.target.name, plan.bytes_read, plan.bytes_written, plan.bytes_written, dequantized)
+    return Work(plan.target.name, plan.source_bytes, plan.bytes_written, plan.bytes_written, dequantized)
 
 
 def _codes(tensor: LazyTensor) -> int | None:
