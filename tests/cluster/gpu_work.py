@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch  # noqa: F401 - what a GPU says comes out of it
+
 from weightkit.cluster import RayExecutor, filling
 from weightkit.cluster.news import News
 from weightkit.cluster.writing import Order, write_file
 from weightkit.compute import CpuEngine, Engine, EngineSupply, Started
 
-#: Of a node: ``works``, or how many strips its GPU computes before it breaks.
+#: Of a node: ``works``, or how many strips its GPU computes before it breaks; of several, each after a comma.
 STATE = "TEST_GPU"
 
 
@@ -21,18 +23,18 @@ _run = ""
 class Gpu(CpuEngine):
     """Computes as the CPU does, and writes down where."""
 
-    left: float = float("inf")
-
     def __init__(self, log: Path) -> None:
         super().__init__()
-        self._log = log
+        states = os.environ[STATE].split(",")
+        self._state = states[int(os.environ["CUDA_VISIBLE_DEVICES"]) if len(states) > 1 else 0]
+        self._log, self.left = log, float("inf") if self._state == "works" else int(self._state)
 
     def start_dequantize(self, *arguments: object) -> Started:
         if self.left <= 0:
             raise RuntimeError("CUDA error: unspecified launch failure")
         self.left -= 1
         with self._log.open("a") as log:
-            log.write(f"{os.environ[STATE]}\n")
+            log.write(f"{self._state}\n")
         return super().start_dequantize(*arguments)  # type: ignore[arg-type]
 
 
@@ -50,9 +52,7 @@ def write_with_gpu(order: Order) -> Iterator[News]:
     """As ``write_file``. A line a strip of a GPU's in the log beside the target."""
 
     def start_engine(*_: object, **__: object) -> EngineSupply:
-        gpu, state = Gpu(log_of(order.place.target)), os.environ[STATE]
-        gpu.left = float("inf") if state == "works" else int(state)
-        return Supply(gpu)
+        return Supply(Gpu(log_of(order.place.target)))
 
     global _run
     if order.place.hold != _run:  # a process may serve several runs

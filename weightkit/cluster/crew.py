@@ -7,7 +7,7 @@ room first. Ray starts the processes, counts CPUs, GPUs and memory, and says wha
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,8 +16,7 @@ from typing import Any, Protocol
 from weightkit.cluster.connection import Node, nodes
 from weightkit.cluster.news import News
 from weightkit.cluster.sight import INSTALL
-from weightkit.compute.engines import DeviceName
-from weightkit.compute.starting import reason
+from weightkit.compute.engines import DeviceName, reason
 from weightkit.errors import ClusterError, DeviceError, Interrupted, SpaceError, WeightkitError, raise_all
 from weightkit.machine import MAX_JOBS
 from weightkit.units import counted, human_bytes
@@ -140,6 +139,10 @@ class Crew:
     without a GPU is: who has waited for a cluster is served better by the other nodes than by an error. Where no
     node's GPU works, that is the error.
 
+    Of several GPUs of a node the others go on. Which of them a task gets, Ray decides, and knows of no broken one:
+    under ``auto`` tasks that get it compute on the CPU, under ``cuda`` one that failed on it keeps it until the run is
+    over (see ``weightkit.cluster.filling.write_file``), so that no other does.
+
     Args:
         ray: connected.
         work: what a task does with its order: a generator of news.
@@ -169,7 +172,9 @@ class Crew:
         self._known: set[str] = set()
         self._benched: dict[str, float] = {}
         self._attempts: Counter[str] = Counter()
-        self._broken: dict[str, str] = {}  # by id of a node, what became of its GPU
+        self._broken: dict[str, str] = {}  # by id of a node, what became of its GPUs
+        self._broken_gpus: defaultdict[str, set[str]] = defaultdict(set)  # by id of a node
+        self._kept: Counter[str] = Counter()  # by id of a node, tasks that keep a broken GPU to themselves
         self._kept_waiting: set[str] = set()  # nodes of which it is said that a task there does not begin
         self._on_cpu: set[str] = set()  # names of errands that met a failing GPU
         self._refusals: list[WeightkitError] = []
@@ -338,21 +343,33 @@ class Crew:
         if news.durable is not None or news.error is None:
             task.errand.heard(news)
         if news.gpu_failure is not None and news.error is None:
-            self._leave_gpu(task.node, news.gpu_failure)
+            self._leave_gpu(task.node, news.gpu, news.gpu_failure)
         if isinstance(news.error, Interrupted):  # it thought that it was to stop
             self._again(task, "it stopped")
         elif type(news.error) is DeviceError and task.device != "cpu":
             self._on_cpu.add(task.errand.name)
-            self._leave_gpu(task.node, reason(news.error))
+            self._leave_gpu(task.node, news.gpu, reason(news.error))
+            self._leave_place(task, reason(news.error))
             self._again(task, reason(news.error), bench=False)
         elif news.error is not None:
             raise _placed(news.error, task.node)
         return None
 
-    def _leave_gpu(self, node: Node, why: str) -> None:
-        """Give no task the GPU of a node any more."""
-        if node.id in self._broken:
+    def _leave_gpu(self, node: Node, gpu: str | None, why: str) -> None:
+        """Count on a broken GPU of a node no more; ``gpu`` None: on none of its GPUs."""
+        found = self._broken_gpus[node.id]
+        if node.id in self._broken or gpu in found:
             return
+        if gpu is not None:
+            found.add(gpu)
+            if len(found) < node.gpus:
+                others = "The others compute; the bytes are the same."
+                self._tell(f"{node.name}: GPU {gpu} cannot be used ({why}). {others}")
+                return
+        self._leave_gpus(node, why)
+
+    def _leave_gpus(self, node: Node, why: str) -> None:
+        """Give no task a GPU of a node any more."""
         self._broken[node.id] = f"{node.name} ({why})"
         if self._needs.device == "cuda":
             self._rooms.pop(node.id, None)
@@ -360,6 +377,19 @@ class Crew:
         else:
             self._rooms[node.id] = replace(self._rooms[node.id], gpus=0.0)
             self._tell(f"{node.name}: the GPU cannot be used ({why}). The CPU computes there; the bytes are the same.")
+
+    def _leave_place(self, task: _Task, why: str) -> None:
+        """Under ``cuda`` a task that failed keeps its CPU, its memory and its share of the GPU."""
+        room = self._rooms.get(task.node.id)
+        if task.device != "cuda" or room is None:
+            return
+        node = room.node
+        self._kept[node.id] += 1
+        left = room_on(node, self._needs, int(node.cpus)).tasks - self._kept[node.id]
+        places = int(1 / room.gpus) * (int(node.gpus) - len(self._broken_gpus[node.id]))
+        self._rooms[node.id] = replace(room, tasks=min(room.tasks, left, places))
+        if self._rooms[node.id].tasks < 1:
+            self._leave_gpus(node, why)
 
     def _lose(self, task: _Task, why: str) -> None:
         del self._tasks[task.stream]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,11 @@ from tempfile import TemporaryFile
 
 from weightkit.checkpoint import LazyTensor, Reader
 from weightkit.checkpoint.stamp import Stamp
-from weightkit.cluster.news import Desk, News, tell
+from weightkit.cluster.news import EVERY_S, Desk, News, tell
 from weightkit.cluster.sight import SHARE, require_build, require_seen
 from weightkit.compute import CpuEngine, Engine, EngineSupply, start_engine
-from weightkit.compute.engines import DeviceName, cuda_errors
-from weightkit.compute.starting import UNUSABLE, has_kernel, reason
+from weightkit.compute.engines import UNUSABLE, DeviceName, cuda_errors, reason
+from weightkit.compute.starting import StartingEngine, has_kernel, shown_names
 from weightkit.durable import STATE_DIR, is_held
 from weightkit.errors import ClusterError, DeviceError
 from weightkit.writer.executor import disk_errors
@@ -76,8 +77,18 @@ def look(place: Place, stamps: Mapping[str, Stamp], expected: str) -> None:
 
 
 def write_file(order: Order) -> Iterator[News]:
-    """Fill a file; the result is its SHA-256."""
-    yield from tell(partial(_fill, order), lambda: order.place.is_held)
+    """Fill a file; the result is its SHA-256.
+
+    Under ``cuda`` a task whose GPU has failed keeps it until the run is over, its last word said: Ray would give it to
+    the next task, which would fail on it too, while tasks on the node's other GPUs take longer.
+    """
+    failed = False
+    with closing(tell(partial(_fill, order), lambda: order.place.is_held)) as told:
+        for news in told:
+            failed = type(news.error) is DeviceError
+            yield news
+    while failed and order.device == "cuda" and order.place.is_held:
+        time.sleep(EVERY_S)
 
 
 def _fill(order: Order, desk: Desk) -> str:
@@ -89,7 +100,8 @@ def _fill(order: Order, desk: Desk) -> str:
     ):
         engine = _engine(order)
         desk.read_bytes = lambda: reader.bytes_read
-        desk.gpu_failure = lambda: engine.failure if isinstance(engine, NodeEngine) else None
+        if isinstance(engine, NodeEngine):
+            desk.gpu, desk.gpu_failure = engine.gpu, lambda: engine.failure
         writer = FileWriter(reader, engine)
         with _failing(engine):
             return writer.fill(order.partial, order.file, order.before, desk)
@@ -115,14 +127,21 @@ class NodeEngine:
 
     Under ``auto`` the CPU also goes on where they cannot be used, which Ray cannot know: it counts what somebody said
     that there is, or what lies in ``/dev``. CUDA that failed once is not asked again in the same process.
+
+    Attributes:
+        gpu: what its node calls the GPU, where it is one: Ray shows it alone to the process.
     """
 
     def __init__(self, device: DeviceName, work: Sequence[LazyTensor]) -> None:
         self.device = device
+        shown = shown_names()
+        self.gpu = shown[0] if len(shown) == 1 else None
         self._failure: DeviceError | None = None
         self._supply: EngineSupply = CpuEngine()
         try:
             self._supply = start_engine("cuda", work)
+            if isinstance(self._supply, StartingEngine):
+                self._supply.tell(_log)
         except DeviceError as exc:
             self.fail(exc)
         except Exception as exc:  # torch may not be there, or fail in any way

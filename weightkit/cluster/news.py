@@ -7,7 +7,7 @@ the generator, so that news are regular, and so that the task notices within a s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from weightkit.errors import Interrupted, WeightkitError
@@ -26,6 +26,7 @@ class News:
         kept_bytes: those of them that an earlier attempt had written.
         read_bytes: read so far.
         durable: how much of a written file is safe, where that is more than before.
+        gpu: what its node calls the GPU that the task has; None where it has none, or sees all.
         gpu_failure: why the task computes on the CPU, though it was to take a GPU where there is one.
         result: what the task was for; with it, or an error, the task is over.
     """
@@ -34,6 +35,7 @@ class News:
     kept_bytes: int = 0
     read_bytes: int = 0
     durable: Progress | None = None
+    gpu: str | None = None
     gpu_failure: str | None = None
     result: object = None
     error: WeightkitError | None = None
@@ -44,12 +46,13 @@ class News:
 
 
 class Desk:
-    """Where the work says how far it is; see ``weightkit.writer.files.Observer``. ``read_bytes`` and
+    """Where the work says how far it is; see ``weightkit.writer.files.Observer``. ``read_bytes``, ``gpu`` and
     ``gpu_failure`` are the work's own."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.read_bytes: Callable[[], int] = lambda: 0
+        self.gpu: str | None = None
         self.gpu_failure: Callable[[], str | None] = lambda: None
         self._position = self._kept = 0
         self._durable: Progress | None = None
@@ -75,10 +78,11 @@ class Desk:
         """What there is to tell now."""
         with self._lock:
             durable, self._durable = self._durable, None
-        return News(self._position, self._kept, self.read_bytes(), durable, self.gpu_failure(), result, error)
+        read, failure = self.read_bytes(), self.gpu_failure()
+        return News(self._position, self._kept, read, durable, self.gpu, failure, result, error)
 
 
-def tell(work: Callable[[Desk], object], goes_on: Callable[[], bool]) -> Iterator[News]:
+def tell(work: Callable[[Desk], object], goes_on: Callable[[], bool]) -> Generator[News, None, None]:
     """Do the work, and tell of it.
 
     Args:

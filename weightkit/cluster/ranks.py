@@ -232,7 +232,8 @@ def look(folder: Path, sources: Mapping[str, Stamp], expected: str) -> int:
 def run_ranks(order: Order) -> Iterator[list[Said] | Ended]:
     """Start this node's ranks; what they print, and how they ended."""
     said: queue.SimpleQueue[Said] = queue.SimpleQueue()
-    ranks = [_start(order, local, said) for local in range(order.count)]
+    readers: list[threading.Thread] = []
+    ranks = [_start(order, local, said, readers) for local in range(order.count)]
     failed_at = None
     try:
         while any(rank.poll() is None for rank in ranks):
@@ -243,7 +244,7 @@ def run_ranks(order: Order) -> Iterator[list[Said] | Ended]:
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > END_S:
                 break
-        time.sleep(EVERY_S)  # for the last lines
+        _hear_out(readers, EVERY_S if any(rank.poll() is None for rank in ranks) else END_S)
         yield _drained(said)
         codes = {order.first + local: rank.poll() for local, rank in enumerate(ranks)}
         yield next((Ended(_code(code), rank) for rank, code in codes.items() if code), Ended())
@@ -251,8 +252,12 @@ def run_ranks(order: Order) -> Iterator[list[Said] | Ended]:
         _end(ranks)
 
 
-def _start(order: Order, local: int, said: queue.SimpleQueue[Said]) -> subprocess.Popen[str]:
-    own = {"RANK": str(order.first + local), "LOCAL_RANK": str(local)}
+def _start(
+    order: Order, local: int, said: queue.SimpleQueue[Said], readers: list[threading.Thread]
+) -> subprocess.Popen[str]:
+    """One rank; ``readers`` gets the threads that read what it prints."""
+    rank = order.first + local
+    own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // order.count))}
     process = subprocess.Popen(
         [sys.executable, "-c", _RANK, *order.arguments],
@@ -265,13 +270,21 @@ def _start(order: Order, local: int, said: queue.SimpleQueue[Said]) -> subproces
         errors="replace",
     )
     for stream, is_error in ((process.stdout, False), (process.stderr, True)):
-        threading.Thread(target=_pass_on, args=(stream, order.first + local, is_error, said), daemon=True).start()
+        readers.append(threading.Thread(target=_pass_on, args=(stream, rank, is_error, said), daemon=True))
+        readers[-1].start()
     return process
 
 
 def _pass_on(stream: IO[str], rank: int, is_error: bool, said: queue.SimpleQueue[Said]) -> None:
     for line in stream:
         said.put(Said(rank, line.rstrip("\n"), is_error))
+
+
+def _hear_out(readers: Sequence[threading.Thread], at_most_s: float) -> None:
+    """Wait for the last lines. Their end may not come: a process that a rank left behind can hold the pipe open."""
+    until = time.monotonic() + at_most_s
+    for reader in readers:
+        reader.join(max(0.0, until - time.monotonic()))
 
 
 def _drained(said: queue.SimpleQueue[Said]) -> list[Said]:

@@ -34,8 +34,8 @@ class RayExecutor:
         jobs: files in work at once on each node; default its CPUs, at most 8.
         device: where tensors are computed: ``auto`` takes GPUs on nodes that have them, and the CPU of a node whose GPU
             cannot be used or fails; ``cuda`` takes such nodes alone whose GPU works, and leaves out the others. Both
-            say once of each such node what is wrong there. Where no GPU of the cluster works, ``cuda`` is a
-            ``DeviceError``, which names them all.
+            say once of each such node what is wrong there; of several GPUs of a node only the broken ones are left out.
+            Where no GPU of the cluster works, ``cuda`` is a ``DeviceError``, which names them all.
     """
 
     work = staticmethod(write_file)

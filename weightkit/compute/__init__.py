@@ -11,7 +11,7 @@ from weightkit.compute.engines import (
 )
 from weightkit.compute.evaluate import evaluate, read_packed, start, strip_bytes, strips
 from weightkit.compute.scales import KeptScales
-from weightkit.compute.starting import StartingEngine, start_engine
+from weightkit.compute.starting import StartingEngine, open_engine, start_engine
 
 __all__ = [
     "CpuEngine",
@@ -24,6 +24,7 @@ __all__ = [
     "StartingEngine",
     "choose_engine",
     "evaluate",
+    "open_engine",
     "read_packed",
     "start",
     "start_engine",

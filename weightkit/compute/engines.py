@@ -324,7 +324,7 @@ class CudaEngine:
     Args:
         devices: their numbers among those that CUDA shows; default the calling thread's current one.
 
-    Raises ``DeviceError`` where there is none.
+    Raises ``DeviceError`` where there is none, or the first of them cannot be opened.
     """
 
     def __init__(self, devices: Sequence[int] | None = None) -> None:
@@ -332,11 +332,12 @@ class CudaEngine:
 
         if not torch.cuda.is_available():
             raise no_device(f"torch {torch.__version__}")
-        numbers = [torch.cuda.current_device()] if devices is None else devices
-        self._devices = itertools.cycle([torch.device("cuda", number) for number in numbers])
+        with cuda_errors("cuda" if devices is None else f"cuda:{devices[0]}"):
+            self.devices = [torch.cuda.current_device()] if devices is None else list(devices)
+            self.name = torch.cuda.get_device_name(self.devices[0])
+        self._deal = itertools.cycle([torch.device("cuda", number) for number in self.devices])
         self._threads = threading.local()
         self._dealing = threading.Lock()
-        self.name = torch.cuda.get_device_name(numbers[0])
 
     def now(self) -> CudaEngine:
         return self
@@ -394,7 +395,7 @@ class CudaEngine:
         lane: _Lane | None = getattr(self._threads, "lane", None)
         if lane is None:
             with self._dealing:
-                device = next(self._devices)
+                device = next(self._deal)
             with cuda_errors(device):
                 lane = self._threads.lane = _Lane(device)
         return lane
@@ -447,6 +448,10 @@ def cuda_errors(device: object, fix: str = "Use --device cpu.") -> Iterator[None
         raise DeviceError("the GPU failed", where=device, found=first, fix=fix) from exc
 
 
+#: What stands in the message of a device's failure: of CUDA, of AMD's HIP, of Triton, of the libraries that factorize.
+_SPEAKERS = ("CUDA", "HIP error", "Triton", "cusolver error", "hipsolver error")
+
+
 def _is_devices(error: Exception) -> bool:
     """Whether a device's failure: torch has classes for some, which older ones lack; Triton launches by code of its
     own, which raises plain ``RuntimeError``, and refuses what a device has no room for by classes of its own."""
@@ -454,8 +459,20 @@ def _is_devices(error: Exception) -> bool:
 
     if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
         return True
-    named = isinstance(error, RuntimeError) and any(name in str(error) for name in ("CUDA", "Triton"))
+    named = isinstance(error, RuntimeError) and any(name in str(error) for name in _SPEAKERS)
     return named or type(error).__name__ == "OutOfResources"
+
+
+UNUSABLE = "the GPU cannot be used"
+
+
+def reason(failure: BaseException) -> str:
+    """Why a GPU cannot be used, in a few words."""
+    if not isinstance(failure, DeviceError):
+        return f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    if failure.found is None or failure.what == UNUSABLE:
+        return str(failure.found or failure.what)
+    return f"{failure.what}: {failure.found}"
 
 
 def no_device(found: str = "cuda") -> DeviceError:
@@ -466,8 +483,8 @@ def no_device(found: str = "cuda") -> DeviceError:
 def choose_engine(device: DeviceName = "auto") -> Engine:
     """The engine for ``--device``, ready: ``auto`` takes a GPU where there is one, the current one of several.
 
-    For who must know which it is. Whoever need not, and would lose the seconds that a GPU takes to start, asks
-    ``start_engine``. Raises ``DeviceError``.
+    For who must know which it is, before any work: whoever then computes asks ``open_engine``, and who need not know,
+    and would lose the seconds that a GPU takes to start, ``start_engine``. Raises ``DeviceError``.
     """
     if device == "cpu" or (device == "auto" and not has_driver()):
         return CpuEngine()

@@ -17,15 +17,14 @@ from pathlib import Path
 
 from weightkit.checkpoint.tensors import (
     BlockQuantized,
-    Cast,
-    Concat,
     Dequantized,
     GroupDequantized,
     LazyTensor,
-    Narrow,
+    made_from,
     size_bytes,
 )
 from weightkit.compute.engines import (
+    UNUSABLE,
     CpuEngine,
     CudaEngine,
     DeviceName,
@@ -34,6 +33,7 @@ from weightkit.compute.engines import (
     choose_engine,
     has_driver,
     no_device,
+    reason,
 )
 from weightkit.compute.evaluate import strips
 from weightkit.compute.trial import Trial
@@ -42,7 +42,8 @@ from weightkit.errors import DeviceError
 #: ``auto`` starts no GPU for less: one takes 4 to 5 s to start (torch, CUDA, kernels; measured beside an H200), in
 #: which 16 cores cast 20 GB, and a process ends no sooner than the GPU that it starts.
 WORTH_BYTES = 32 << 30
-UNUSABLE = "the GPU cannot be used"
+#: Variables that say which GPUs a process sees, by number, UUID or name of an instance; of AMD's, the last ones.
+_CHOOSERS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 #: What the kernels are loaded with: strips as the writer's.
 SAMPLE_BYTES = 8 << 20
 
@@ -117,15 +118,6 @@ class StartingEngine:
             tell(message)
 
 
-def reason(failure: BaseException) -> str:
-    """Why a GPU cannot be used, in a few words."""
-    if not isinstance(failure, DeviceError):
-        return f"{type(failure).__name__}: {failure}".partition("\n")[0]
-    if failure.found is None or failure.what == UNUSABLE:
-        return str(failure.found or failure.what)
-    return f"{failure.what}: {failure.found}"
-
-
 def start_engine(
     device: DeviceName = "auto", work: Iterable[LazyTensor] | None = None, *, worth_bytes: int = WORTH_BYTES
 ) -> EngineSupply:
@@ -151,8 +143,26 @@ def start_engine(
     if count is not None and _torch_lacks_cuda():
         raise no_device("no torch that was built with CUDA")
     if count is None:  # an AMD GPU, or none: only torch knows
-        return choose_engine(device)
+        choose_engine(device)
     return StartingEngine(partial(_open, samples), required=True)
+
+
+def open_engine(device: DeviceName = "auto", work: Iterable[LazyTensor] = ()) -> Engine:
+    """The engine for ``--device``, ready: ``auto`` takes a GPU where there is one, the current one of several, which
+    then has computed the first strip of each kind of ``work`` as the CPU does, kernels loaded.
+
+    For who must know which it is, since other things follow from it than where the same bits are made.
+
+    Raises ``DeviceError``: no GPU where one was asked for; one that fails, or gives other bits.
+    """
+    engine = choose_engine(device)
+    if isinstance(engine, CudaEngine):
+        import torch
+
+        trial = Trial(_samples(filter(has_kernel, work)))
+        trial.require(CudaEngine(engine.devices), f"cuda:{engine.devices[0]}")
+        torch.cuda.empty_cache()  # of the trial: others measure what is free
+    return engine
 
 
 def count_gpus() -> int | None:
@@ -168,7 +178,13 @@ def count_gpus() -> int | None:
 
 
 def _what_cuda_says() -> str:
-    """Why CUDA shows no GPU: its name for the error, or what hides them."""
+    """Why CUDA shows no GPU: its name for the error, and what may hide them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hiding = "" if chosen is None else f" with CUDA_VISIBLE_DEVICES={chosen}"
+    return f"{_error_of_driver() or 'no device'}{hiding}"
+
+
+def _error_of_driver() -> str | None:
     with suppress(OSError, AttributeError):  # no driver, or an old one
         driver, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_char_p()
         code = driver.cuInit(0)
@@ -176,7 +192,7 @@ def _what_cuda_says() -> str:
             return f"{name.value.decode()} from cuInit"
         if code:
             return f"error {code} from cuInit"
-    return f"no device with CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+    return None
 
 
 def _torch_lacks_cuda() -> bool:
@@ -221,7 +237,8 @@ def _open(samples: Sequence[LazyTensor], say: Callable[[str], None]) -> Engine:
         raise DeviceError("torch cannot use the GPU", where="--device", found=found, fix="Use --device cpu.")
     trial = Trial(samples, _require_wanted)
     working, failures = list[int](), dict[int, DeviceError]()
-    for number in range(torch.cuda.device_count()):
+    count = count_gpus()  # torch, which asks NVML, counts whole GPUs that are cut into instances (MIG)
+    for number in range(torch.cuda.device_count() if count is None else count):
         try:
             trial.require(CudaEngine([number]), f"cuda:{number}")
             working.append(number)
@@ -230,8 +247,19 @@ def _open(samples: Sequence[LazyTensor], say: Callable[[str], None]) -> Engine:
     if not working:
         raise next(iter(failures.values()))
     for number, failure in failures.items():
-        say(f"GPU {number} cannot be used ({reason(failure)}). The others compute; the bytes are the same.")
+        name, why = _shown_name(number), reason(failure)
+        say(f"GPU {name} cannot be used ({why}). The others compute; the bytes are the same.")
     return CudaEngine(working)
+
+
+def shown_names() -> list[str]:
+    """What whoever chose the GPUs that this process sees calls them, in their order; empty where nobody chose."""
+    chosen = [os.environ[name] for name in _CHOOSERS if os.environ.get(name)]
+    return [name.strip() for name in chosen[0].split(",")] if chosen else []
+
+
+def _shown_name(number: int) -> str:
+    return dict(enumerate(shown_names())).get(number, str(number))
 
 
 def _samples(tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
@@ -246,20 +274,12 @@ def _kind(tensor: LazyTensor) -> object:
     """What computing it takes: its class, its dtype, and the same of what it is made from. One kernel makes codes and
     their scales."""
     made = tensor.power_of_two if isinstance(tensor, BlockQuantized) else tensor.dtype
-    return type(tensor).__name__, made, *map(_kind, _made_from(tensor))
-
-
-def _made_from(tensor: LazyTensor) -> tuple[LazyTensor, ...]:
-    match tensor:
-        case Narrow(source=source) | Cast(source=source) | BlockQuantized(source=source):
-            return (source,)
-        case Concat(parts=parts):
-            return tuple(parts)
-    return ()
+    within = () if isinstance(tensor, Dequantized | GroupDequantized) else made_from(tensor)
+    return type(tensor).__name__, made, *map(_kind, within)
 
 
 def has_kernel(tensor: LazyTensor) -> bool:
     """Whether a GPU computes some of it; plain casts and gathers are the CPU's everywhere."""
     if isinstance(tensor, Dequantized | GroupDequantized | BlockQuantized):
         return True
-    return any(map(has_kernel, _made_from(tensor)))
+    return any(map(has_kernel, made_from(tensor)))

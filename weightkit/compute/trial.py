@@ -3,17 +3,22 @@ compiler that translates wrongly for it, is found before a byte of it is written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 
 from weightkit.checkpoint.reading import Bytes, Reader
 from weightkit.checkpoint.tensors import LazyTensor, size_bytes
-from weightkit.compute.engines import CpuEngine, Engine
+from weightkit.compute.engines import UNUSABLE, CpuEngine, Engine, reason
 from weightkit.compute.evaluate import evaluate
 from weightkit.errors import DeviceError, ScaleError
 
+#: What to do about a GPU that computes otherwise than the CPU.
+LEAVE_OUT = (
+    "Leave it out with CUDA_VISIBLE_DEVICES, or use --device cpu. Report the GPU and the versions of torch and triton."
+)
 #: Of a pattern that what is read repeats; odd in parts, so that rows differ.
 PATTERN = 251 * 256
 
@@ -37,18 +42,31 @@ class Trial:
                 continue
 
     def require(self, engine: Engine, name: str) -> None:
-        """Raise ``DeviceError`` where the engine fails, or gives other bits."""
+        """Raise ``DeviceError`` where the engine fails, in whatever way, or gives other bits."""
         reader = MadeUp()
         for sample, expected in self._expected:
             self._step()
-            wrong = np.count_nonzero(evaluate(sample, reader, engine) != expected)
+            with first_use(name):
+                wrong = np.count_nonzero(evaluate(sample, reader, engine) != expected)
             if wrong:
                 raise DeviceError(
                     "the GPU computes other bits than the CPU",
                     where=name,
                     found=f"{wrong:,} of {len(expected):,} bytes differ of {type(sample).__name__} {sample.dtype}",
-                    fix="Use --device cpu, and report the GPU and the versions of torch and triton.",
+                    fix=LEAVE_OUT,
                 )
+
+
+@contextmanager
+def first_use(name: object) -> Iterator[None]:
+    """Say as a ``DeviceError`` what the GPU ``name`` fails with: a driver, torch, Triton or the compilers that it calls
+    may do so in any way."""
+    try:
+        yield
+    except DeviceError:
+        raise
+    except Exception as exc:
+        raise DeviceError(UNUSABLE, where=name, found=reason(exc), fix="Use --device cpu.") from exc
 
 
 class MadeUp(Reader):

@@ -12,15 +12,15 @@ from weightkit.checkpoint import Checkpoint, LazyTensor, Reader
 from weightkit.checkpoint.direct import DirectReader
 from weightkit.checkpoint.dtypes import FLOAT_DTYPES
 from weightkit.checkpoint.tensors import elements, narrow, size_bytes
-from weightkit.compute import choose_engine
+from weightkit.compute import open_engine
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import GenerationError, SpaceError
 from weightkit.family import Architecture, expert_of, is_mtp, layer_of
 from weightkit.machine import available_memory_bytes, default_jobs
+from weightkit.model.checked_products import CheckedProducts
 from weightkit.model.loading import Loader, torch_dtype
 from weightkit.model.memory import FREE_SHARE, aligned, free_memory_bytes
 from weightkit.model.packed import Packed
-from weightkit.model.products import Products
 from weightkit.model.stores import UNIT_BYTES, CacheUse, Resident, Source, Store, packed_units
 from weightkit.model.streamed import Streamed
 from weightkit.model.weights import Product
@@ -111,7 +111,8 @@ class CheckpointWeights:
     Raises:
         ConfigError: not a config of the family.
         ScaleError: FP8 or GPTQ weights and scales that do not fit each other; all of them at once.
-        DeviceError: no such device.
+        DeviceError: no such device, or a GPU that dequantizes otherwise than the CPU; at a weight's first product, one
+            that multiplies otherwise.
         SpaceError: at the first use, or by ``limit``: ``stream`` is False and they do not fit.
     """
 
@@ -131,17 +132,17 @@ class CheckpointWeights:
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise GenerationError("unknown dtype", where="dtype", expected=", ".join(FLOAT_DTYPES), found=repr(dtype))
         self.arch = Architecture.from_config(checkpoint.config, where=f"the config of {checkpoint.root}")
-        self._engine = choose_engine(device)
+        stored = {name: short for short, name in FLOAT_DTYPES.items()}[self.arch.dtype]
+        whole = cast(checkpoint, stored)
+        self._checkpoint = whole if share is None else share(whole)
+        self._engine = open_engine(device, (tensor for _, tensor in self._needed()))
         on_cpu = self._engine.name == "cpu"
         # the index is named, because readers' threads have a current device of theirs
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-        stored = {name: short for short, name in FLOAT_DTYPES.items()}[self.arch.dtype]
         self.dtype = torch_dtype(FLOAT_DTYPES[dtype or ("f32" if self.device.type == "cpu" else stored)])
-        whole = cast(checkpoint, stored)
-        self._checkpoint = whole if share is None else share(whole)
         self._memory_bytes, self._host_bytes, self._stream = memory_bytes, host_bytes, stream
         self._jobs = jobs
-        self.products = None if dequantize else Products.of(self.device, self.dtype)
+        self.products = None if dequantize else CheckedProducts.of(self.device, self.dtype)
 
     def __enter__(self) -> CheckpointWeights:
         return self

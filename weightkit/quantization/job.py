@@ -10,7 +10,7 @@ import torch
 
 import weightkit
 from weightkit.checkpoint import Checkpoint
-from weightkit.compute import Engine, choose_engine
+from weightkit.compute import Engine, open_engine
 from weightkit.errors import CalibrationError, SpaceError, UnsupportedError
 from weightkit.generation.tokenizer import Tokenizer
 from weightkit.layouts.declare import architecture_of
@@ -22,6 +22,7 @@ from weightkit.quantization.plan import QuantizationPlan, plan_quantization
 from weightkit.quantization.settings import Settings
 from weightkit.quantization.state import State
 from weightkit.quantization.token_arrays import unknown_id
+from weightkit.quantization.trial import try_solver
 from weightkit.ranks.ranks import Ranks
 from weightkit.remote.address import title_of
 from weightkit.units import counted, exact_bytes, human_bytes
@@ -86,7 +87,8 @@ def prepare(
     snapshot_layers: int = SNAPSHOT_LAYERS,
     title: str | None = None,
 ) -> Job:
-    """Read the calibration, plan, and refuse what the machine has no room for. Arguments as ``quantize``."""
+    """Read the calibration, plan, and refuse what the machine has no room for, and a GPU that computes wrongly.
+    Arguments as ``quantize``."""
     where = Ranks.device(device)
     ranks = Ranks.join(where)
     arch = architecture_of(checkpoint)
@@ -116,9 +118,21 @@ def prepare(
             host_memory=host_memory,
         )
         calibrated = Calibrated(tokens, memory, sequences)
-    engine = choose_engine("cpu" if where.type == "cpu" else "cuda")
     name = title or title_of(checkpoint.root.resolve())
-    return Job(plan, calibrated, where, engine, ranks, snapshot_layers, name)
+    return Job(plan, calibrated, where, _tried_engine(where, plan), ranks, snapshot_layers, name)
+
+
+def _tried_engine(device: torch.device, plan: QuantizationPlan) -> Engine:
+    """The engine of the device; of a GPU once it has computed what the plan takes, on made-up contents, as the CPU
+    does."""
+    if device.type == "cpu":
+        return open_engine("cpu")
+    exact = [tensor for name, tensor in plan.exact.tensors.items() if name in plan.shapes]
+    plain = [tensor for name, tensor in plan.plain.tensors.items() if name not in plan.shapes]
+    engine = open_engine("cuda", [*exact, *plain])
+    try_solver(plan.settings, device)
+    torch.cuda.empty_cache()  # of the trial
+    return engine
 
 
 def _calibration(

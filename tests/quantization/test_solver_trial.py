@@ -1,0 +1,137 @@
+"""The solver's trial: sound kernels pass it whatever the settings, and each that is broken is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tiny import V3, write_tiny
+
+import weightkit as wk
+from weightkit.compute import CpuEngine
+from weightkit.errors import DeviceError
+from weightkit.kernels import gptq_solve
+from weightkit.quantization import job
+from weightkit.quantization.packed import Packed
+from weightkit.quantization.plan import plan_quantization
+from weightkit.quantization.settings import Settings
+from weightkit.quantization.trial import COLUMNS, OUTPUTS, try_solver
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Products this small go slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def broken(name: str, spoil: Callable[..., Any]) -> ModuleType:
+    """The solver with one function, whose result, or first argument where it has none, is spoiled."""
+    module, sound = ModuleType("broken"), getattr(gptq_solve, name)
+    vars(module).update(vars(gptq_solve))
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        found = sound(*arguments, **options)
+        spoil(arguments[0] if found is None else found)
+        return found
+
+    setattr(module, name, function)
+    return module
+
+
+def one_up(place: tuple[int, int], step: float) -> Callable[[torch.Tensor], None]:
+    def spoil(made: torch.Tensor) -> None:
+        made[place] += step if made[place] < 12 else -step
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(bits=8, group_size=-1, order="none", damping=1e-6),
+        Settings(group_size=48, scales="largest"),
+        Settings(method="rtn", group_size=1024),
+    ],
+    ids=lambda settings: "-".join(settings.form),
+)
+def test_a_sound_solver_passes(settings: Settings) -> None:
+    try_solver(settings, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "says"),
+    [
+        ("search_scales", one_up((1, 7), 2.0**-6), "1 of 192 scales"),
+        ("add_gram", one_up((9, 3), 1.0), f"1 of {COLUMNS**2:,} sums of inputs"),
+        ("reorder", one_up((9, 3), 1.0), "sums in their order"),
+        ("factorize", lambda factor: factor.ratios[50, 3].add_(0.01), "ratios"),
+        ("solve", one_up((200, 5), 1), f"of {COLUMNS * OUTPUTS:,} codes"),
+    ],
+)
+def test_each_broken_kernel_is_found(name: str, spoil: Callable[..., Any], says: str) -> None:
+    with pytest.raises(DeviceError, match=says) as raised:
+        try_solver(Settings(), CPU, broken(name, spoil))
+    assert str(raised.value).startswith("cpu: the GPU quantizes otherwise than plain torch")
+    assert "--device cpu" in str(raised.value)
+
+
+def test_rounding_to_nearest_is_tried_without_a_hessian() -> None:
+    def fail(made: object) -> None:
+        raise AssertionError
+
+    try_solver(Settings(method="rtn"), CPU, broken("add_gram", fail))
+    with pytest.raises(DeviceError, match=f"1 of {COLUMNS * OUTPUTS:,} codes"):
+        try_solver(Settings(method="rtn"), CPU, broken("round_to_nearest", one_up((200, 5), 1)))
+
+
+def test_codes_that_are_unpacked_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound, calls = Packed.weight, list[None]()
+
+    def weight(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+        calls.append(None)
+        made = sound(packed, dtype)
+        return made * 2 if len(calls) == 1 else made
+
+    monkeypatch.setattr(Packed, "weight", weight)
+    with pytest.raises(DeviceError, match="weights of packed codes"):
+        try_solver(Settings(method="rtn"), CPU)
+
+
+def test_whatever_fails_is_a_device_error() -> None:
+    def fail(made: object) -> None:
+        raise ArithmeticError("the Hessian has no Cholesky factor\nand more")
+
+    with pytest.raises(DeviceError, match="cpu: the GPU cannot be used: found ArithmeticError: the Hessian"):
+        try_solver(Settings(), CPU, broken("factorize", fail))
+
+
+def test_a_job_on_a_gpu_begins_with_both_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what integers are made from, in F32, and of what is computed with, in BF16."""
+    write_tiny(tmp_path / "source", V3)
+    settings = Settings(group_size=16)
+    plan = plan_quantization(
+        wk.open_checkpoint(tmp_path / "source"), tmp_path / "out", settings, calibration="none", version="0"
+    )
+    asked = list[object]()
+
+    def open_engine(device: str, work: object = ()) -> CpuEngine:
+        asked.append((device, {tensor.dtype for tensor in work}))  # type: ignore[attr-defined]
+        return CpuEngine()
+
+    monkeypatch.setattr(job, "open_engine", open_engine)
+    monkeypatch.setattr(job, "try_solver", lambda *arguments: asked.append(arguments))
+    job._tried_engine(torch.device("cuda", 1), plan)
+    job._tried_engine(CPU, plan)
+    (device, dtypes), solver, cpu = asked  # type: ignore[misc]
+    assert (device, solver, cpu) == ("cuda", (settings, torch.device("cuda", 1)), ("cpu", set()))
+    assert {"F32", "BF16"} <= dtypes
