@@ -60,7 +60,7 @@ def generate_and_fail(output: Path, checkpoints: list[Path]) -> None:
                 found.append(answers(other))
         (output / f"{ranks.rank}.json").write_text(json.dumps(found))
         if ranks.rank == 0:
-            time.sleep(300)
+            time.sleep(3600)
         if ranks.rank == 1:
             os.utime(checkpoints[0] / "model1-mp4.safetensors")
         runtime.generate(PROMPTS[0])

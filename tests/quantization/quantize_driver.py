@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -32,6 +31,7 @@ from weightkit.quantization import QuantizationReport, Settings, activations, la
 from weightkit.quantization.outbox import Outbox
 from weightkit.quantization.solver import Solver
 from weightkit.quantization.state import State
+from weightkit.ranks.launch import held_port
 from weightkit.writer import files, stream
 from weightkit.writer.executor import Run
 
@@ -209,17 +209,15 @@ def outcome(folder: Path) -> dict[str, object]:
 
 def as_ranks(size: int, work: Callable[[int], object]) -> list[int | None]:
     """Exit statuses of ``size`` children, which find in the environment what torchrun would tell them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
-    def child(rank: int) -> None:
+    def child(rank: int, port: int) -> None:
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
         work(rank)
 
-    pids = [in_child(lambda rank=rank: child(rank)) for rank in range(size)]  # type: ignore[misc]
-    return [ended(pid) for pid in pids]
+    with held_port() as port:
+        pids = [in_child(lambda rank=rank: child(rank, port)) for rank in range(size)]  # type: ignore[misc]
+        return [ended(pid) for pid in pids]
 
 
 def each_kind(source: Path, tokens: Path, target: Path) -> dict[str, bool]:

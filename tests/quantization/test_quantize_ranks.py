@@ -27,7 +27,7 @@ def drive(*arguments: object, launcher: tuple[str, ...] = ()) -> tuple[dict[str,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_three_ranks(kind: str, folder: Path, three: Path) -> None:
 
 
 def test_two_ranks_under_torchrun(folder: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     found, _ = drive("rank", folder / "source", folder / "tokens.npy", folder / "2", launcher=launcher)
     assert set(found["reports"]) == set(KINDS)
     for kind in KINDS:

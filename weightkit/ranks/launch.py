@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from weightkit.errors import DeviceError, RankError
 from weightkit.ranks.world import World
@@ -54,7 +55,21 @@ def launch(size: int, command: Sequence[str]) -> int:
     Raises:
         RankError: one was ended by a signal, and so could not say why.
     """
-    common = _environment(size)
+    with held_port() as port:
+        return _launch(command, size, _environment(size, port))
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port of this machine at which ranks may meet. The system gives it to nobody else meanwhile, as it is bound; the
+    first rank's store may listen there, as it sets SO_REUSEADDR too."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def _launch(command: Sequence[str], size: int, common: Mapping[str, str]) -> int:
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(size):
@@ -102,11 +117,8 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def _environment(size: int) -> Mapping[str, str]:
+def _environment(size: int, port: int) -> Mapping[str, str]:
     """What torchrun sets for all ranks of one machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = max(1, len(os.sched_getaffinity(0)) // size)
     return {
         "OMP_NUM_THREADS": str(threads),
