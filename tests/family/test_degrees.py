@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from family_configs import SMALL, V2_LITE, V3, V3_BF16
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightkit.errors import PlanError
@@ -93,6 +93,7 @@ def test_expert_ranges_even_and_uneven() -> None:
     assert expert_ranges(8, 3) == (range(0, 3), range(3, 6), range(6, 8))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.data())
 def test_expert_ranges_cover_all_experts_once(n_experts: int, data: st.DataObject) -> None:
     ranks = data.draw(st.integers(1, n_experts))

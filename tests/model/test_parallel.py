@@ -32,7 +32,7 @@ class Meeting:
     """Where the threads of one run meet."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=300)
         self.held: list[torch.Tensor] = [torch.empty(0)] * size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -379,10 +381,15 @@ def test_direct_reads_give_the_bytes_of_the_file(tmp_path: Path, direct: bool, m
             reader.read_range(str(path), 8_500_000, np.zeros(600_000, np.uint8))
 
 
-def test_read_rate_is_measured(tmp_path: Path) -> None:
-    for name, size in (("a", 1 << 20), ("b", 5 << 20), ("empty", 0)):
+def test_read_rate_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second whenever it is looked at: the start, before each of four reads, after each
+    of two threads' last, and at the end."""
+    for name, size in (("a", 1 << 20), ("b", 6 << 20), ("empty", 0)):
         (tmp_path / name).write_bytes(bytes(size))
     sizes = {str(path): path.stat().st_size for path in tmp_path.iterdir()}
-    assert measure_read_rate(sizes, seconds=0.05, jobs=2).bytes_per_s > 1e6
+    clock = itertools.count()
+    monkeypatch.setattr("weightkit.checkpoint.direct.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    read = measure_read_rate(sizes, seconds=5, jobs=2).bytes_per_s * 7
+    assert round(read) in {(4 + 5 * larger) << 20 for larger in range(5)}
     with pytest.raises(ValueError, match="no file"):
         measure_read_rate({str(tmp_path / "empty"): 0})

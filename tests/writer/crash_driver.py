@@ -76,20 +76,25 @@ def ended(pid: int, kill_after_s: float | None = None) -> int | None:
 
 
 def at_random_times(source: Path, target: Path, kind: str, whole_s: float, kills: int, seed: int) -> dict[str, int]:
-    """Kill runs until so many were killed; a run that completes is kept, and the next begins anew beside it."""
+    """Kill runs until so many were killed, then let one go on to its end; a run that completes before is kept, and the
+    next begins anew beside it. ``whole_s``, of a run without kills, is a guess, corrected by such runs."""
     rng = random.Random(seed)
     killed = completed = 0
-    while killed < kills or not target.with_name(f"{target.name}-{completed - 1}").exists():
+    while True:
+        is_new, started = not target.exists(), time.monotonic()
         pid = in_child(lambda: write(source, target, kind, jobs=2))
         status = ended(pid, rng.uniform(0.02, whole_s * 0.4) if killed < kills else None)
         if status is None:
             killed += 1
-        elif status == 0:
-            target.rename(target.with_name(f"{target.name}-{completed}"))
-            completed += 1
-        else:
+            continue
+        if status != 0:
             raise SystemExit(f"a run failed with status {status}")
-    return {"killed": killed, "completed": completed}
+        target.rename(target.with_name(f"{target.name}-{completed}"))
+        completed += 1
+        if killed == kills:
+            return {"killed": killed, "completed": completed}
+        if is_new:
+            whole_s = min(whole_s, time.monotonic() - started)
 
 
 def die_at(step: int) -> None:

@@ -22,7 +22,7 @@ MODERATE = replace(V3, hidden=1152, vocab=2048, intermediate=2048, moe=1024, exp
 
 def drive(*arguments: object) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, str(DRIVER), *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(DRIVER), *map(str, arguments)], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, int] = json.loads(done.stdout)

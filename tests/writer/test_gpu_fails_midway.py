@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,11 +41,13 @@ class Bar(executor.ProgressBar):
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options | {"shown": False})  # type: ignore[arg-type]
         self.added, self.most, self.lines = 0, 0, list[str]()
+        self.adding = threading.Lock()
         bars.append(self)
 
     def add(self, count: int = 1) -> None:
-        self.added += count
-        self.most = max(self.most, self.added)
+        with self.adding:
+            self.added += count
+            self.most = max(self.most, self.added)
 
     def tell(self, text: str) -> None:
         self.lines.append(text)
@@ -63,7 +66,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def starting(strips: int, *, required: bool) -> StartingEngine:
     engine = StartingEngine(lambda say: Breaks(strips), required=required)
-    engine.wait(10)
+    engine.wait()
     return engine
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,21 @@ def test_others_write_while_it_is_announced(tmp_path: Path) -> None:
 
 
 def test_helpers_of_a_holder_that_was_killed_are_not_those_of_the_next(tmp_path: Path) -> None:
-    name = tmp_path / "name"
-    pid = os.fork()
-    if pid == 0:
-        with only_writer(tmp_path) as hold:
-            hold.announce()
-            name.write_text(hold.name)
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
-    assert is_held(tmp_path, name.read_text())  # nobody has it, and nobody has come since
+    code = """
+import os, signal, sys
+from pathlib import Path
+from weightkit.durable import only_writer
+with only_writer(Path(sys.argv[1])) as hold:
+    hold.announce()
+    print(hold.name, end="", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    name = killed.stdout
+    assert is_held(tmp_path, name)  # nobody has it, and nobody has come since
     with only_writer(tmp_path) as hold:
-        assert not is_held(tmp_path, name.read_text())
+        assert not is_held(tmp_path, name)
         hold.announce()
-        assert not is_held(tmp_path, name.read_text())
-        assert hold.name != name.read_text()
+        assert not is_held(tmp_path, name)
+        assert hold.name != name

@@ -54,7 +54,7 @@ def test_peak(source: str, kind: str, jobs: int, sources: Path, tmp_path: Path) 
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},  # what is freed goes back, and no heap keeps it
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -112,13 +112,13 @@ def test_a_file_waits_for_its_name(tmp_path: Path) -> None:
         def settle(self, file: str) -> None:
             super().settle(file)
             whole.set()
-            assert allowed.wait(10)
+            assert allowed.wait(60)
 
     with open_run(plan, engine=None, progress=False, force=False, promises=Waiting(plan, 3)) as run:
         assert run is not None
         with ThreadPoolExecutor(1) as pool:
             writing = pool.submit(run.write_file, promised)
-            assert whole.wait(10)
+            assert whole.wait(60)
             assert not run.is_done(promised)
             allowed.set()
             writing.result()

@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,8 +46,14 @@ class Server:
         out[:] = self.content[address][offset : offset + len(out)]
         with self._lock:
             self.sent[address] += len(out)
-            sizes = [path.stat().st_size for path in self._folder.iterdir() if path.exists()]
-            self.most_on_disk = max(self.most_on_disk, sum(sizes))
+            self.most_on_disk = max(self.most_on_disk, sum(_size(path) for path in self._folder.iterdir()))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # dropped since it was listed
+        return 0
 
 
 def plan_of(target: Path, outputs: dict[str, list[str]], *, known: bool = True) -> Plan:
@@ -101,18 +108,13 @@ def read_through(spool: Spool, plan: Plan, which: int) -> list[bytes]:
 
 
 def in_threads(spool: Spool, plan: Plan) -> list[list[bytes]]:
-    found: list[list[bytes]] = [[] for _ in plan.files]
-
-    def work(which: int) -> None:
-        found[which] = read_through(spool, plan, which)
-
-    threads = [threading.Thread(target=work, args=(which,)) for which in range(len(plan.files))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert not any(thread.is_alive() for thread in threads), "workers wait for each other"
-    return found
+    with ThreadPoolExecutor(len(plan.files)) as workers:
+        found = [workers.submit(read_through, spool, plan, which) for which in range(len(plan.files))]
+        waiting = wait(found, timeout=60).not_done
+        if waiting:
+            spool.close()  # else they would never end
+    assert not waiting, "workers wait for each other"
+    return [future.result() for future in found]
 
 
 def test_each_file_is_fetched_once_and_dropped(tmp_path: Path, server: Server) -> None:
@@ -265,7 +267,7 @@ def test_a_run_that_failed_is_continued_and_says_all_that_was_verified(tmp_path:
     plan = plan_of(tmp_path / "out", {"a": NAMES[:2], "b": NAMES[2:]})
     remote.fail_from[NAMES[4]] = 0
     with pytest.raises(UnreachableError):
-        write(plan, jobs=1)
+        write(plan, jobs=1, spool_bytes=2 * SIZE)  # no room for the last source before the first output is made
     assert (tmp_path / "out/a.safetensors").exists()
     remote.fail_from.clear()
     remote.sent.clear()
