@@ -15,7 +15,7 @@ from weightkit.cli import main
 def stay():
     threading.main_thread().join()
     print("waiting", flush=True)
-    time.sleep(120)
+    time.sleep(600)
 threading.Thread(target=stay).start()
 main(["--version"])
 """
@@ -30,12 +30,12 @@ def test_a_signal_at_the_exit_ends_it_without_a_traceback(number: signal.Signals
         assert process.stdout.readline().startswith("weightkit")
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     assert (process.returncode, said) == (-number, "")
 
 
 def test_a_signal_that_the_caller_ignores_stays_ignored() -> None:
-    code = CODE.replace("120", "0.5").replace(
+    code = CODE.replace("600", "0.5").replace(
         "import threading, time", "import signal, threading, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
     )
     with subprocess.Popen(
@@ -44,7 +44,7 @@ def test_a_signal_that_the_caller_ignores_stays_ignored() -> None:
         assert process.stdout is not None
         process.stdout.readline(), process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     assert (process.returncode, said) == (0, "")
 
 
@@ -59,5 +59,5 @@ def test_a_signal_at_the_start_ends_it_without_a_traceback() -> None:
         "from weightkit.cli import main\n"
         "main(['--version'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

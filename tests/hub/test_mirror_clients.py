@@ -43,7 +43,7 @@ def run_client(tmp_path: Path, endpoint: str, *command: str) -> str:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

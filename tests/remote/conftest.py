@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,15 @@ from web_server import Web, web_server
 
 from weightkit.remote.patience import Patience
 
-HURRIED = Patience(attempts=4, backoff_s=0.01, longest_backoff_s=0.05, connect_s=2, stall_s=1, outage_s=0.5)
+#: Quick to try again, and slow to take a server for dead: this one may share two cores with much else.
+HURRIED = Patience(attempts=4, backoff_s=0.01, longest_backoff_s=0.05, connect_s=60, stall_s=60, outage_s=0.5)
+#: Where a stream does stall. Others may seem to, too, so that it is tried often.
+HASTY = replace(HURRIED, attempts=100, stall_s=1)
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Little patience, small pieces, and nobody's logins."""
+    """Short waits, small pieces, and nobody's logins."""
     monkeypatch.setattr("weightkit.remote.ranges.DEFAULT_PATIENCE", HURRIED)
     monkeypatch.setattr("weightkit.checkpoint.remote.DEFAULT_PATIENCE", HURRIED)
     monkeypatch.setattr("weightkit.remote.ranges.PIECE_BYTES", 200_000)
@@ -37,6 +41,12 @@ def hurried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams that stall are given up soon."""
+    monkeypatch.setattr("weightkit.remote.ranges.DEFAULT_PATIENCE", HASTY)
 
 
 @pytest.fixture(scope="session")

@@ -160,7 +160,7 @@ def test_commands_take_an_address(hub: FaultyHub, tiny_source: Path, tmp_path: P
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -178,20 +178,19 @@ def test_commands_take_an_address(hub: FaultyHub, tiny_source: Path, tmp_path: P
 def test_a_killed_command_goes_on(hub: FaultyHub, tiny_source: Path, tmp_path: Path) -> None:
     """What the spool holds is fetched no second time: ranks wait for the first file, and the others lie there whole."""
     sizes = [path.stat().st_size for path in sorted(tiny_source.glob("*.safetensors"))]
-    hub.fail(Throttle(30_000), path="*-00001-*.safetensors", times=None)
+    hub.fail(Throttle(1000, 256), path="*-00001-*.safetensors", times=None)
     command = [sys.executable, "-m", "weightkit", "shard", "hf://org/tiny", "out", "--mp", "2", "-q"]
     environment, spool = os.environ | {"HF_ENDPOINT": hub.endpoint}, tmp_path / "out/.weightkit/spool"
     with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not {path.stat().st_size for path in spool.glob("*")}.issuperset(sizes[1:]):
             assert process.poll() is None, "it ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        time.sleep(0.2)  # the last of them is verified
         process.kill()
     hub.clear()
     hub.log.clear()
-    subprocess.run(command, cwd=tmp_path, env=environment, timeout=120, check=True)
+    subprocess.run(command, cwd=tmp_path, env=environment, timeout=300, check=True)
     wk.write(wk.shard(wk.open_checkpoint(tiny_source), mp=2), tmp_path / "local", device="cpu", progress=False)
     assert content(tmp_path / "out") == content(tmp_path / "local")
     headers = 3 * (256 << 10)  # with what follows them, which one request brings

@@ -40,7 +40,6 @@ def strip(address: str, target: Path, spool_bytes: int | None = None) -> Written
     [
         Cut(after=70_000),
         Reset(after=70_000),
-        Stall(after=70_000, seconds=2.0),
         Status(500),
         Status(503),
         rate_limited(0),
@@ -56,6 +55,14 @@ def test_what_passes_is_waited_for(
     hub.fail(fault, path="*.safetensors", route="body", times=3)
     wk.write(checkpoint, tmp_path / "out", progress=False, spool_bytes=spool_bytes)
     assert content(tmp_path / "out") == stripped
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("spool_bytes", [None, 0])
+def test_a_stalled_stream_is_dropped(
+    spool_bytes: int | None, hub: FaultyHub, stripped: dict[str, bytes], tmp_path: Path
+) -> None:
+    test_what_passes_is_waited_for(Stall(after=70_000), spool_bytes, hub, stripped, tmp_path)
 
 
 def test_bodies_that_end_early(web: Web, stripped: dict[str, bytes], tmp_path: Path) -> None:

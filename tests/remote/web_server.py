@@ -37,12 +37,20 @@ class Web:
     cuts: list[int] = field(default_factory=list)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     url: str = ""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fault(self, path: str) -> tuple[str, int, dict[str, str]] | None:
-        found = next((item for item in self.statuses if path.endswith(item[0])), None)
-        if found is not None:
-            self.statuses.remove(found)
-        return found
+        with self._lock:
+            found = next((item for item in self.statuses if path.endswith(item[0])), None)
+            if found is not None:
+                self.statuses.remove(found)
+            return found
+
+    def cut(self, path: str, size_bytes: int) -> int | None:
+        """After how many bytes a body of this size ends early; None where it does not."""
+        with self._lock:
+            due = self.cuts and path.endswith(".safetensors") and size_bytes > self.cuts[0]
+            return self.cuts.pop(0) if due else None
 
 
 @contextmanager
@@ -86,10 +94,9 @@ def web_server(folder: Path) -> Iterator[Web]:
             for key, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(key, value)
             self.end_headers()
-            if web.cuts and self.path.endswith(".safetensors") and len(body) > web.cuts[0]:
-                body = body[: web.cuts.pop(0)]
-                self.close_connection = True
-            self.wfile.write(body)
+            cut = web.cut(self.path, len(body))
+            self.close_connection |= cut is not None
+            self.wfile.write(body[:cut])
 
         def log_message(self, *_: object) -> None:
             pass

@@ -30,20 +30,20 @@ ANSWERS = {
     "What is 17 + 25? Answer with the number only.": "42",
     "中国的首都是哪里？只回答城市名。": "北京",
 }
-SILENCE_S = 30
+SILENCE_S = 600
 
 
 @dataclass
 class Server:
-    """What is served and how. ``fault`` is one word of those that the handlers below look for."""
+    """What is served and how. ``fault`` is one word of those that the handlers below look for; ``not_yet`` counts the
+    questions for its health that a server answers before it is ready."""
 
     flavor: str = "vllm"
     model: str = "/models/deepseek-v3"
     fault: str | None = None
     answers: dict[str, str] = field(default_factory=lambda: dict(ANSWERS))
     asked: list[dict[str, object]] = field(default_factory=list)
-    unhealthy_s: float = 0
-    started: float = field(default_factory=time.monotonic)
+    not_yet: int = 0
     key: str | None = None
 
     def app(self) -> Starlette:
@@ -57,7 +57,8 @@ class Server:
         return Starlette(routes=routes)
 
     async def health(self, request: Request) -> Response:
-        ready = self.fault != "unhealthy" and time.monotonic() - self.started >= self.unhealthy_s
+        ready = self.fault != "unhealthy" and not self.not_yet
+        self.not_yet = max(0, self.not_yet - 1)
         if self.flavor == "lmdeploy":
             return JSONResponse({"status": "healthy" if ready else "unhealthy"}, 200 if ready else 503)
         return Response(status_code=200 if ready else 503)
@@ -270,7 +271,7 @@ def main(flavor: str, arguments: list[str]) -> None:
         mine = [name.name for name in Path("/proc").glob("[0-9]*") if _parent(name) == os.getpid()]
         Path(pids).write_text(" ".join([str(os.getpid()), *mine]))
     print("Loading safetensors checkpoint shards: 100% Completed", flush=True)
-    server = Server(flavor, args.model, fault=how, unhealthy_s=2 if how == "slow" else 0)
+    server = Server(flavor, args.model, fault=how, not_yet=4 if how == "slow" else 0)
     if how == "stubborn":
         import signal
 

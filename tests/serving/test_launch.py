@@ -27,7 +27,7 @@ INT4 = replace(V3_INT4, **WIDE, gptq=Gptq(group_size=32))
 
 def checkpoint_at(path: Path, model: Tiny, **files: str) -> Path:
     write_tiny(path, model)
-    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
     for name, text in files.items():
         (path / f"{name}.json").write_text(text)
     return path
