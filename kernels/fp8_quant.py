@@ -11,7 +11,7 @@ A block of 128 x 128 values has one F32 scale, a value the E4M3 code nearest to 
 2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one that is no subnormal (``scale_fmt:
    ue8m0``, V3.1 on). A block of zeros, or of values so small that this is 0, has the scale 1.
 
-NaN becomes the code 0x7F. Inf has no code: callers refuse it.
+NaN becomes the code 0x7F, with its sign. Inf has no code: callers refuse it.
 """
 
 # Triton compiles functions that cannot carry annotations; everything else in this file does.
@@ -420,10 +420,13 @@ def _quantize_kernel(
         for first_row in range(0, BLOCK, PART):
             mask = (first_row + part_row < inside_rows) & (column < inside_columns)
             again = (first_row + part_row) * columns + column
-            part = tl.load(start + again, mask=mask, other=0.0).to(tl.float32)
+            narrow = tl.load(start + again, mask=mask, other=0.0)
+            part = narrow.to(tl.float32)
             limited = tl.minimum(tl.maximum(tl.div_rn(part, scale), -448.0), 448.0)
-            limited = tl.where(part == part, limited, part)
-            tl.store(target + again, _encode(limited).to(tl.uint8), mask=mask)
+            code = _encode(tl.where(part == part, limited, part))
+            if MANTISSA == 10:  # a GPU widens NaN of F16 to the one pattern, without a sign
+                code |= (narrow.to(tl.int16, bitcast=True).to(tl.int32) >> 8) & 0x80
+            tl.store(target + again, code.to(tl.uint8), mask=mask)
     tl.store(scales + number, scale)
 
 

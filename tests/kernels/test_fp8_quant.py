@@ -48,7 +48,9 @@ def on_cpu(values: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torc
 def cases(dtype: torch.dtype) -> list[torch.Tensor]:
     plain = torch.randn(130, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
     odd = plain.clone()
-    odd[3, 4] = float("nan")
+    odd[3, 4] = odd[5, 6] = float("nan")
+    bits = odd.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    bits[5, 6] |= torch.iinfo(bits.dtype).min  # a sign, which torch gives no NaN of BF16
     odd[:128, 128:256] = 0
     odd[128:, 128:256] *= 2.0**-146  # in F32 too small for a scale, else 0
     return [from_fp8(dtype), plain, odd]
@@ -340,6 +342,6 @@ def assert_equal_on_a_gpu(values: torch.Tensor) -> None:
 def test_nan_has_its_code_and_does_not_spoil_its_block() -> None:
     values = cases(torch.float32)[2]
     codes, scales = on_cpu(values, power_of_two=False)
-    assert codes[3, 4] & 0x7F == 0x7F
+    assert (codes[3, 4], codes[5, 6]) == (0x7F, 0xFF)
     assert np.isfinite(scales.numpy()).all()
-    assert (codes & 0x7F == 0x7F).sum() == 1
+    assert (codes & 0x7F == 0x7F).sum() == 2
