@@ -18,10 +18,10 @@ import weightkit as wk
 from weightkit.checkpoint import Checkpoint
 from weightkit.durable import only_writer
 from weightkit.errors import Interrupted, SpaceError, TargetError, WriteError
-from weightkit.layouts import FileSet
+from weightkit.layouts import FileSet, lay_out_published
 from weightkit.writer import executor as executing
 from weightkit.writer import files as filling
-from weightkit.writer import make_plan, stream, target
+from weightkit.writer import make_plan, stream, summarize, target
 from weightkit.writer import pieces as cutting
 from weightkit.writer.executor import Written, execute
 
@@ -319,10 +319,26 @@ def test_other_files_do_not_matter(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
-def test_the_target_is_a_file(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(TargetError, match="not a folder"):
-        write(stripped(source), tmp_path / "out")
+@pytest.mark.parametrize("name", ["file", "file/below/it", "link", "link/below"])
+def test_the_target_is_no_place_for_a_folder(source: Path, tmp_path: Path, name: str) -> None:
+    """Said before a run, and by a dry run."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    what = "file: not a folder" if "file" in name else "link: a link that leads nowhere"
+    with pytest.raises(TargetError, match=what):
+        summarize(make_plan(lay_out_published(stripped(source)), tmp_path / name))
+    with pytest.raises(TargetError, match=what):
+        write(stripped(source), tmp_path / name)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_target_without_permission(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs").mkdir()
+    allowed = os.access
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path / "theirs" and allowed(place, mode))
+    for name in ("theirs", "theirs/new"):
+        with pytest.raises(TargetError, match="theirs: no permission to write there"):
+            write(stripped(source), tmp_path / name)
 
 
 def test_a_folder_with_the_name_of_a_file(source: Path, tmp_path: Path) -> None:

@@ -29,8 +29,7 @@ def keep_experts(checkpoint: Checkpoint, count: int, *, kept: Kept | None = None
 
     Raises:
         PlanError: a count that routing does not allow (with the legal ones), or ids that are not ``count`` of the
-            layer's, an
-            equal number from each group; all problems at once.
+            layer's, an equal number from each group; all problems at once.
         MissingTensorError: a GPTQ rule names experts by number, and would mean others afterwards.
     """
     arch = architecture_of(checkpoint)
@@ -42,6 +41,7 @@ def keep_experts(checkpoint: Checkpoint, count: int, *, kept: Kept | None = None
             where="--experts",
             expected=f"one of {shown}",
             found=count,
+            fix="Use one of them: every group of experts gives up as many.",
         )
     expected = blueprint(arch)
     raise_all("experts cannot be taken out", list(unfit(checkpoint.tensors, expected)), where=checkpoint.root)

@@ -350,7 +350,8 @@ def disk_errors(target: Path) -> Iterator[None]:
     except OSError as exc:
         if exc.errno in FULL:
             raise no_space(target) from exc
-        raise WriteError(f"cannot be written ({exc.strerror})", where=exc.filename or target) from exc
+        fix = "Name another target, or mend this one; the same command then goes on."
+        raise WriteError(f"cannot be written ({exc.strerror})", where=exc.filename or target, fix=fix) from exc
 
 
 def _sweep(target: Path) -> None:

@@ -35,14 +35,13 @@ def inspect_target(plan: Plan, *, force: bool = False) -> TargetState:
     """What the target holds of this plan.
 
     Raises:
-        TargetError: it holds something else, or is no folder; ``force`` replaces what an earlier write of ours left,
-            and nothing that somebody else put there.
+        TargetError: it holds something else, or is no folder that can be written to, and cannot be made one; ``force``
+            replaces what an earlier write of ours left, and nothing that somebody else put there.
     """
     target = plan.target
+    _require_place(target)
     if not target.exists():
         return TargetState()
-    if not target.is_dir():
-        raise TargetError("not a folder", where=target, fix="Name another target.")
     foreign = _foreign_files(plan)
     if foreign:
         raise TargetError(
@@ -71,6 +70,18 @@ def inspect_target(plan: Plan, *, force: bool = False) -> TargetState:
         where=target,
         fix="Use --force to replace it, or name another target.",
     )
+
+
+def _require_place(target: Path) -> None:
+    """Raise ``TargetError`` where the target is no folder to write to, nor lies where one can be made."""
+    place = target.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        what = "a link that leads nowhere" if place.is_symlink() else "not a folder"
+        raise TargetError(what, where=place, fix="Name another target.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise TargetError("no permission to write there", where=place, fix="Name another target, or change that.")
 
 
 def _foreign_files(plan: Plan) -> list[str]:
