@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ def test_code_that_does_not_parse(code: str | bytes, what: str, tmp_path: Path) 
     assert isinstance(problem, FormatError)
     assert problem.where == str(tmp_path / "modeling_x.py")
     assert what in problem.what
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "modeling_x.py").touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    (problem,) = code_problems(tmp_path, TARGET)
+    assert "modeling_x.py: cannot be read (Permission denied)." in problem.message
 
 
 def test_a_file_too_large_to_parse(tmp_path: Path) -> None:

@@ -76,13 +76,16 @@ class Survey:
 
 
 def attempt(function: Callable[[], Result], where: object) -> Result | WeightkitError:
-    """The function's result, or the defect that it found. A value that no reader of a file thought of is one too."""
+    """The function's result, or the defect that it found; among them a value that no reader of a file thought of, and a
+    file that the system does not let it read."""
     try:
         return function()
     except WeightkitError as problem:
         return problem
     except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         return FormatError(f"a value that no checkpoint has there ({exc})", where=where, fix=FETCH)
+    except OSError as exc:
+        return FormatError(f"cannot be read ({exc.strerror})", where=where, fix="Let it be read, or fetch it again.")
 
 
 def survey(path: Path) -> Survey:
