@@ -137,3 +137,30 @@ def test_roundings_are_no_errors_and_a_missing_product_is_one(dtype: torch.dtype
     assert beyond_roundings(found, x, weight)[1, 1]
     x[1, 0] = float("nan")
     assert not beyond_roundings(found, x, weight)[1].any()
+
+
+@pytest.mark.parametrize("smaller", [0, 17], ids=["alike", "small-after-large"])
+def test_sums_that_are_cut_off_at_each_step_are_no_errors(smaller: int) -> None:
+    """As tensor cores do: at worst each product loses all but a bit of what F32 has below the largest."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.rand(count, 512, generator=random).add(0.5).bfloat16() for count in (5, 7))
+    x[:, 1:] *= 2.0**-smaller
+    total = torch.zeros(5, 7, dtype=torch.float64)
+    for k in range(512):
+        total += x[:, k, None].double() * weight[:, k].double()
+        total = cut_off(total)
+    assert not beyond_roundings(total.float(), x, weight).any()
+    assert beyond_roundings(total.float() * (1 - 2.0**-12), x, weight).all()
+
+
+def cut_off(values: torch.Tensor) -> torch.Tensor:
+    """F64 to the 24 bits of F32, toward zero."""
+    fractions, exponents = torch.frexp(values)
+    return torch.ldexp((fractions * 2.0**24).trunc(), exponents - 24)
+
+
+def test_sums_that_may_pass_what_f32_holds_are_no_errors() -> None:
+    x, weight = torch.full((1, 4), 1e38).bfloat16(), torch.tensor([[2.0, 2.0, -2.0, -2.0]]).bfloat16()
+    for found in (float("inf"), float("nan"), 0.0):
+        assert not beyond_roundings(torch.tensor([[found]]).bfloat16(), x, weight).any()
+    assert beyond_roundings(torch.tensor([[float("inf")]]).bfloat16(), x / 8, weight).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from gptq_cases import random_packed
+from interpreted import interpreted_copy
+from standin_gpu import GPU, StandIn, standin_gpu
 from tiny import V3, write_tiny
 
 from weightkit.compute import CpuEngine
 from weightkit.errors import DeviceError
-from weightkit.kernels import fp8_gemm, int4_gemm
+from weightkit.kernels import fp8_gemm, int4_gemm, partial_sums
 from weightkit.kernels.gemm_plan import DEQUANT_TOKENS, TileConfig
 from weightkit.layouts import open_checkpoint
 from weightkit.model import CheckpointWeights, checkpoint_weights
@@ -103,6 +106,19 @@ def test_right_ones_pass_and_their_kind_is_not_looked_at_again(
     products.linear(rows(0), weight(form))
 
 
+@FORMS
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 3e38])
+def test_numbers_of_a_damaged_checkpoint_are_not_the_gpus(form: str, value: float, products: CheckedProducts) -> None:
+    x, damaged = rows(3), weight(form)
+    x[1, 7] = value
+    x[2] = value
+    products.linear(x, damaged)
+    damaged.scales[0] = value  # too large for F16, it is Inf there
+    products.linear(rows(40), damaged)
+    products.experts(x, [damaged] * 2, (2, 1), (0, 2), TileConfig(16))
+    assert len(products._seen) == 3
+
+
 def test_what_a_matrix_library_computes_is_not_ours(products: CheckedProducts, kernels: Kernels) -> None:
     kernels.wrong = (0, 0)
     products.linear(rows(DEQUANT_TOKENS), weight("fp8"))
@@ -121,6 +137,44 @@ def test_experts_first_and_last_are_looked_at(
     again = CheckedProducts(Kernels(), Kernels())
     again.experts(rows(5), [weight(form)] * 3, counts, (1, 0, 0), config)
     assert len(again._seen) == 1
+
+
+def interpreted(kernel: Any) -> Callable[..., None]:
+    """A kernel that Triton's interpreter runs, without what only a GPU computes."""
+
+    def launch(grid: Sequence[int], *arguments: Any, **options: Any) -> None:
+        without = {"HARDWARE": False, "NATIVE": False, "UNPACK": ""}
+        kernel[grid](*arguments, **options | {name: value for name, value in without.items() if name in options})
+
+    return launch
+
+
+@pytest.fixture
+def gpu() -> Iterator[StandIn]:
+    with (
+        interpreted_copy("fp8_gemm") as fp8,
+        interpreted_copy("int4_gemm") as int4,
+        interpreted_copy("partial_sums") as sums,
+        standin_gpu() as gpu,
+    ):
+        gpu.replace(fp8_gemm, "_matrix_kernel", interpreted(fp8._matrix_kernel))
+        gpu.replace(int4_gemm, "_matrix_kernel", interpreted(int4._matrix_kernel))
+        gpu.replace(partial_sums, "_sum_kernel", interpreted(sums._sum_kernel))
+        yield gpu
+
+
+@FORMS
+def test_on_a_gpu_nothing_is_computed_on_two_devices(form: str, gpu: StandIn) -> None:
+    products, made = CheckedProducts.of(GPU, torch.bfloat16), weight(form)
+    assert isinstance(products, CheckedProducts)
+    there = Operands(made.form, made.codes.to(GPU), made.scales.to(GPU), made.groups)
+    gpu.launched.clear()
+    found = products.linear(rows(3).to(GPU)[None], there)
+    assert (found.device, found.shape) == (GPU, (1, 3, N))
+    config = TileConfig(depth=products.config(made.form, (2, 3), GPU).depth, splits=2)
+    assert products.experts(rows(5).to(GPU), [there] * 3, (2, 0, 3), (1, 0, 0), config).shape == (5, N)
+    assert gpu.launched == ["_matrix_kernel", "_matrix_kernel", "_sum_kernel"]
+    assert len(products._seen) == 2
 
 
 def test_weights_of_a_checkpoint_are_tried_and_their_products_checked(

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from standin_gpu import GPU, StandIn, standin_gpu
 from tiny import V3, write_tiny
 
 import weightkit as wk
 from weightkit.compute import CpuEngine
 from weightkit.errors import DeviceError
-from weightkit.kernels import gptq_solve
+from weightkit.kernels import gptq_format, gptq_solve
 from weightkit.quantization import job
 from weightkit.quantization.packed import Packed
 from weightkit.quantization.plan import plan_quantization
@@ -54,7 +55,7 @@ def one_up(place: tuple[int, int], step: float) -> Callable[[torch.Tensor], None
     return spoil
 
 
-@pytest.mark.parametrize(
+SETTINGS = pytest.mark.parametrize(
     "settings",
     [
         Settings(),
@@ -64,8 +65,69 @@ def one_up(place: tuple[int, int], step: float) -> Callable[[torch.Tensor], None
     ],
     ids=lambda settings: "-".join(settings.form),
 )
+
+
+@SETTINGS
 def test_a_sound_solver_passes(settings: Settings) -> None:
     try_solver(settings, CPU)
+
+
+@pytest.fixture
+def gpu() -> Iterator[StandIn]:
+    """A GPU whose kernels compute what their launchers do on a CPU."""
+
+    def gram(_: object, rows: torch.Tensor, hessian: torch.Tensor, *__: int, **___: int) -> None:
+        gptq_solve.add_gram(hessian, rows)
+
+    def reordered(
+        _: object, hessian: torch.Tensor, order: torch.Tensor, out: torch.Tensor, added: torch.Tensor, *__: int,
+        **___: int,
+    ) -> None:  # fmt: skip
+        out.copy_(gptq_solve.reorder(hessian, order, added))
+
+    def round_columns(_: object, *arguments: Any, TOP: int, **__: int) -> None:
+        *operands, _n, _k, start, count = arguments
+        gptq_solve.round_columns(*operands, start, start + count, TOP.bit_length())
+
+    def search(
+        _: object, weight: torch.Tensor, importance: torch.Tensor, scales: torch.Tensor, _n: int, group_size: int,
+        _k: int, *, TOP: int, **__: Any,
+    ) -> None:  # fmt: skip
+        grid = {"group_size": group_size, "bits": TOP.bit_length()}
+        scales.copy_(gptq_solve.search_scales(weight, importance, **grid))
+
+    def dequant(_: object, *arguments: Any, BITS: int, OFFSET: int, **__: Any) -> None:
+        *operands, out, _n, _k, _groups = arguments
+        out.copy_(gptq_format.dequant_reference(*operands, BITS, OFFSET).view(out.dtype))
+
+    with standin_gpu() as gpu:
+        for name, kernel in {
+            "_gram_kernel": gram,
+            "_reorder_kernel": reordered,
+            "_round_columns_kernel": round_columns,
+            "_search_scales_kernel": search,
+        }.items():
+            gpu.replace(gptq_solve, name, kernel)
+        gpu.replace(gptq_format, "_dequant_kernel", dequant)
+        yield gpu
+
+
+@SETTINGS
+def test_on_a_gpu_nothing_is_computed_on_two_devices(settings: Settings, gpu: StandIn) -> None:
+    try_solver(settings, GPU)
+    solving = {"_gram_kernel", "_reorder_kernel", "_round_columns_kernel", "_dequant_kernel"}
+    searching = {"_search_scales_kernel"} if settings == Settings() else set()
+    assert set(gpu.launched) == searching | (solving if settings.method == "gptq" else set())
+
+
+@pytest.mark.parametrize(("settings", "step"), [(Settings(), 1), (Settings(bits=8, group_size=16), -1)])
+def test_scales_may_round_to_the_next_of_f16(settings: Settings, step: int) -> None:
+    """Where what is rounded is off by the last bit of a division, which a GPU takes the liberty of."""
+
+    def tip(scales: torch.Tensor) -> None:
+        scales.copy_((scales.half().view(torch.int16) + step).view(torch.float16).float())
+
+    try_solver(settings, CPU, broken("search_scales", tip))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +166,19 @@ def test_codes_that_are_unpacked_wrongly_are_found(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Packed, "weight", weight)
     with pytest.raises(DeviceError, match="weights of packed codes"):
+        try_solver(Settings(), CPU)
+    try_solver(Settings(method="rtn"), CPU)  # which computes with none of them
+
+
+def test_codes_that_are_packed_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound, calls = gptq_format.pack, list[None]()
+
+    def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+        calls.append(None)
+        return sound(codes, bits) ^ (len(calls) == 1)
+
+    monkeypatch.setattr(gptq_format, "pack", pack)
+    with pytest.raises(DeviceError, match="words of packed codes"):
         try_solver(Settings(method="rtn"), CPU)
 
 

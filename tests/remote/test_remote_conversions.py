@@ -178,16 +178,18 @@ def test_commands_take_an_address(hub: FaultyHub, tiny_source: Path, tmp_path: P
 def test_a_killed_command_goes_on(hub: FaultyHub, tiny_source: Path, tmp_path: Path) -> None:
     """What the spool holds is fetched no second time: ranks wait for the first file, and the others lie there whole."""
     sizes = [path.stat().st_size for path in sorted(tiny_source.glob("*.safetensors"))]
-    hub.fail(Throttle(1000, 256), path="*-00001-*.safetensors", times=None)
+    hub.fail(Throttle(1000, 256, after=300_000), path="*-00001-*.safetensors", times=None)  # its header comes
     command = [sys.executable, "-m", "weightkit", "shard", "hf://org/tiny", "out", "--mp", "2", "-q"]
     environment, spool = os.environ | {"HF_ENDPOINT": hub.endpoint}, tmp_path / "out/.weightkit/spool"
     with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
-        deadline = time.monotonic() + 120
-        while not {path.stat().st_size for path in spool.glob("*")}.issuperset(sizes[1:]):
-            assert process.poll() is None, "it ended by itself"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
+        try:
+            deadline = time.monotonic() + 120
+            while not {path.stat().st_size for path in spool.glob("*")}.issuperset(sizes[1:]):
+                assert process.poll() is None, "it ended by itself"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.kill()
     hub.clear()
     hub.log.clear()
     subprocess.run(command, cwd=tmp_path, env=environment, timeout=300, check=True)

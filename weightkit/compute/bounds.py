@@ -22,11 +22,12 @@ def beyond_roundings(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor)
         weight: [N, K] BF16 or F16.
 
     Returns:
-        [T, N] bool; False where the exact product is not finite.
+        [T, N] bool; False where the exact product is not finite, or where a part of its sum might not be: that order
+        decides.
     """
     rows, matrix = x.double(), weight.double()
     exact, magnitudes = rows @ matrix.T, rows.abs() @ matrix.abs().T
     limits = torch.finfo(found.dtype)
     bound = (x.shape[1] + 1) * SUM_ROUNDING * magnitudes + ROUNDING[found.dtype] * exact.abs() + limits.smallest_normal
     near = (found.double() - exact).abs() <= bound
-    return ~near & (exact.abs() < limits.max / 2)
+    return ~near & (magnitudes < limits.max / 2)

@@ -29,8 +29,8 @@ class CheckedProducts(Products):
 
     A GPU that multiplies wrongly, or a compiler that translates wrongly for it, would give plausible words. Kernels are
     compiled for the shape, the number of rows and what shares a launch, so that each such kind is looked at when it is
-    first used, where it has to be compiled anyway: some milliseconds each. Methods raise ``DeviceError`` where a number
-    is further off than roundings explain.
+    first used, where it has to be compiled anyway: some 30 ms each of one core, for 7168 inputs. Methods raise
+    ``DeviceError`` where a number is further off than roundings explain.
     """
 
     def __init__(self, fp8: ModuleType, int4: ModuleType) -> None:

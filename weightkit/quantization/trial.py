@@ -83,8 +83,10 @@ def _steps(settings: Settings, device: torch.device, kernels: ModuleType) -> Ite
         wanted[order] = weight[order].double() + ratios.T @ errors[order].double()
         yield "codes", _no_rounding(codes.cpu(), scales.cpu(), wanted, grid)
     packed, plain = (Packed.of(c, s, **grid) for c, s in ((codes, scales), (codes.cpu(), scales.cpu())))
-    bits = [part.weight(torch.bfloat16).cpu().view(torch.int16) for part in (packed, plain)]
-    yield "weights of packed codes", bits[0] != bits[1]
+    yield "words of packed codes", packed.qweight.cpu() != plain.qweight
+    if settings.method == "gptq":  # later layers see what these make of their inputs
+        bits = [part.weight(torch.bfloat16).cpu().view(torch.int16) for part in (packed, plain)]
+        yield "weights of packed codes", bits[0] != bits[1]
 
 
 def _made_up() -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,15 +99,17 @@ def _made_up() -> tuple[torch.Tensor, torch.Tensor]:
 
 def _worse(weight: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor, grid: dict[str, int]) -> torch.Tensor:
     """[groups, N]: where a scale is none of F16's, or leaves more error than the one that the CPU finds. Which of two
-    that are as good as each other is taken, the order of a sum decides."""
+    that are as good as each other is taken, the order of a sum decides; and where F16's numbers meet, the last bit of
+    a division decides which of its neighbours the GPU tries in place of that one."""
 
     def losses(of: torch.Tensor) -> torch.Tensor:
         rounded = gptq_solve.values(gptq_solve.round_to_nearest(weight, of, **grid), of, **grid)
         loss = importance.double()[:, None] * (weight.double() - rounded).square()
         return torch.stack([part.sum(0) for part in loss.split(grid["group_size"])])
 
-    least = losses(gptq_solve.search_scales(weight, importance, **grid))
-    return ~losses(scales).le(least * (1 + SLACK)) | (scales.half().float() != scales)
+    found = gptq_solve.search_scales(weight, importance, **grid).half().view(torch.int16)
+    near = [losses((found + step).view(torch.float16).float()) for step in (-1, 0, 1)]
+    return ~losses(scales).le(torch.stack(near).amax(0) * (1 + SLACK)) | (scales.half().float() != scales)
 
 
 def _no_rounding(codes: torch.Tensor, scales: torch.Tensor, wanted: torch.Tensor, grid: dict[str, int]) -> torch.Tensor:
