@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch  # noqa: F401 - what a GPU says comes out of it
@@ -17,9 +18,11 @@ from weightkit.checkpoint import Checkpoint
 from weightkit.checkpoint.tensors import LazyTensor
 from weightkit.cluster import filling
 from weightkit.cluster.filling import NodeEngine, Order, Place, write_file
+from weightkit.cluster.news import News
 from weightkit.compute import CpuEngine, Engine, EngineSupply, Started, StartingEngine, starting
+from weightkit.compute.engines import DeviceName
 from weightkit.durable import only_writer
-from weightkit.errors import Interrupted
+from weightkit.errors import DeviceError, Interrupted
 from weightkit.layouts import lay_out_published
 from weightkit.writer import make_plan
 from weightkit.writer.plan import Plan
@@ -65,10 +68,13 @@ def wait(engine: EngineSupply) -> None:
         engine._supply.wait(120)
 
 
+def last_word(order: Order) -> News:
+    """A task whose GPU failed may go on holding it; what it has said by then is all that it says."""
+    return next(news for news in write_file(order) if news.error is not None or news.result)
+
+
 def fill(order: Order) -> None:
-    *_, last = write_file(order)
-    assert last.error is None
-    assert last.result
+    assert last_word(order).error is None
 
 
 def test_one_engine_with_the_first_tasks_kernels_however_small(
@@ -118,25 +124,41 @@ def test_a_failure_is_in_the_log(
     assert capsys.readouterr().err.count("The GPU cannot be used (RuntimeError: driver too old).") == 1
 
 
+class Breaking(CpuEngine):
+    def start_dequantize(self, *_: object) -> Started:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+
+class BreakingSupply:
+    def now(self) -> Engine:
+        return Breaking()
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", 3), ("auto", 0)])
+def test_a_task_keeps_its_broken_gpu_until_the_run_is_over(
+    device: DeviceName, waits: int, source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would give it to the next. Under ``auto`` the CPU takes over, and the task may be tried again there."""
+    monkeypatch.setattr(filling, "start_engine", lambda *_, **__: BreakingSupply())
+    order = replace(next(orders(planned(wk.cast(source, "bf16"), tmp_path / "out"))), device=device)
+    slept = list[float]()
+    monkeypatch.setattr(filling, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(filling, "is_held", lambda *_: len(slept) < 3)
+    *_, last = write_file(order)
+    assert isinstance(last.error, DeviceError)
+    assert len(slept) == waits
+
+
 def test_a_gpu_that_fails_on_the_way_is_not_asked_again(
     source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch says is told as a ``DeviceError``; under ``auto`` the same process computes the file on its CPU."""
-
-    class Breaking(CpuEngine):
-        def start_dequantize(self, *_: object) -> Started:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
-
-    class Supply:
-        def now(self) -> Engine:
-            return Breaking()
-
-    monkeypatch.setattr(filling, "start_engine", lambda *_, **__: Supply())
+    monkeypatch.setattr(filling, "start_engine", lambda *_, **__: BreakingSupply())
     plan = planned(wk.cast(source, "bf16"), tmp_path / "out")
     told = list[str]()
     for order in orders(plan):
         for device in ("cuda", "auto", "auto", "cuda"):
-            *_, last = write_file(replace(order, device=device))
+            last = last_word(replace(order, device=device))
             told.append(f"{device} {last.error.found if last.error else bool(last.result)} {last.gpu_failure}")
         break
     why = "CUDA error: an illegal memory access was encountered"
