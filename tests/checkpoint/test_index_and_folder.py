@@ -76,6 +76,12 @@ def test_an_index_is_written_sorted(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("weight_map", [{}, {"a": "x"}, {'é"\\\n': ": {}", "a.b": "\u2028", ": {}": "x"}])
+def test_an_index_is_json_indented_by_two(weight_map: dict[str, str]) -> None:
+    whole = {"metadata": {"total_size": 12}, "weight_map": dict(sorted(weight_map.items()))}
+    assert index_bytes(weight_map, 12) == (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def test_lock_round_trip(tmp_path: Path) -> None:
     assert read_lock(tmp_path) is None
     lock = Lock({"a/b.json": LockedFile(3, SHA256), "模.txt": LockedFile(0, SHA256)}, {"plan": "x"})

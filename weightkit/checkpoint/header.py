@@ -30,6 +30,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -51,6 +52,8 @@ MAX_DEPTH = 3
 MAX_SIZE = 1 << 62
 #: As many dimensions as an array may have in torch and numpy.
 MAX_DIMENSIONS = 64
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_INTEGERS = frozenset({int})
 #: Where data starts is padded to this, so that O_DIRECT readers and writers find it aligned.
 ALIGNMENT = 4096
 
@@ -236,15 +239,20 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | _Repeated:
     return fields if len(fields) == len(pairs) else _Repeated(repeated_key(pairs))
 
 
-# Each pattern passes over the text once, whatever it holds: an unfinished string ends with the text.
 _ESCAPE = re.compile(r"\\.", re.DOTALL)
-_STRING = re.compile(r'"[^"]*"?')
-_NO_BRACKET = re.compile(r"[^\[\]{}]+")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def _check_depth(text: str, where: object) -> None:
+    """Each step passes over the text once, whatever it holds: an unfinished string ends with the text."""
+    if "\\" in text:
+        text = _ESCAPE.sub("", text)
+    outside = "".join(text.split('"')[::2])
+    brackets = outside.encode().translate(None, _NO_BRACKETS).decode()
+    if brackets.replace("[]", "").replace("{}", "") in ("", "{}"):  # lists in entries in the file: as good as all
+        return
     depth = 0
-    for bracket in _NO_BRACKET.sub("", _STRING.sub("", _ESCAPE.sub("", text))):
+    for bracket in brackets:
         depth += 1 if bracket in "[{" else -1
         if depth > MAX_DEPTH:
             raise HeaderDepthError(
@@ -265,43 +273,52 @@ def _entry(name: str, value: object, where: object) -> Entry:
         raise HeaderTextError(f"{name!r}: half of a surrogate pair in a name", where=where)
     if isinstance(value, _Repeated):
         raise DuplicateNameError(f"{name!r}: {value.key!r} stands twice", where=where)
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
         found = _short(sorted(value)) if isinstance(value, dict) else type(value).__name__
         raise EntryError(
             f"{name!r}: a malformed entry", where=where, expected="dtype, shape, data_offsets", found=found
         )
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    dtype, shape, offsets = value["dtype"], _shape(value["shape"]), value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise DtypeError(
             f"{name!r}: unknown dtype", where=where, expected="one of " + ", ".join(DTYPE_BITS), found=_short(dtype)
         )
-    if not _is_shape(shape):
-        raise ShapeError(f"{name!r}: not a shape", where=where, expected="a list of sizes", found=_short(shape))
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(_is_size(offset) for offset in offsets)
-        or offsets[0] > offsets[1]
-    ):
+    if shape is None:
+        raise ShapeError(
+            f"{name!r}: not a shape", where=where, expected="a list of sizes", found=_short(value["shape"])
+        )
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise OffsetsError(
             f"{name!r}: not a range of bytes", where=where, expected="[begin, end]", found=_short(offsets)
         )
     begin, end = offsets
-    if prod(shape) * DTYPE_BITS[dtype] % 8 or size_bytes(dtype, tuple(shape)) != end - begin:
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (end - begin):
         raise SizeError(
-            f"{name!r}: data_offsets do not hold {dtype} {shape}",
+            f"{name!r}: data_offsets do not hold {dtype} {list(shape)}",
             where=where,
-            expected=f"{prod(shape) * DTYPE_BITS[dtype] / 8:,.0f} bytes",
+            expected=f"{bits / 8:,.0f} bytes",
             found=f"{end - begin:,}",
         )
-    return Entry(name, dtype, tuple(shape), begin, end)
+    return Entry(name, dtype, shape, begin, end)
 
 
-def _is_shape(value: object) -> TypeGuard[list[int]]:
-    """Whether it is a list of sizes with a product in range: each product on the way too, as the library has it."""
-    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS or not all(map(_is_size, value)):
+def _shape(value: object) -> tuple[int, ...] | None:
+    """A list of sizes, of which there may be as many as a tensor has dimensions, and whose product is in range."""
+    return _in_range(tuple(value)) if _are_sizes(value) and len(value) <= MAX_DIMENSIONS else None
+
+
+@lru_cache(maxsize=4096)  # tens of thousands of tensors have a few dozen shapes
+def _in_range(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape, where each product on the way is in range too, as the library has it."""
+    return shape if all(product <= MAX_SIZE for product in accumulate(shape, mul)) else None
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers that sizes and offsets may be; a bool is none."""
+    if type(value) is not list or not _INTEGERS.issuperset(map(type, value)):
         return False
-    return all(product <= MAX_SIZE for product in accumulate(value, mul))
+    return not value or (min(value) >= 0 and max(value) <= MAX_SIZE)
 
 
 def _is_unicode(text: str) -> bool:
@@ -316,10 +333,6 @@ def _is_unicode(text: str) -> bool:
 def _short(value: object) -> str:
     """The beginning of what may be a list of millions."""
     return repr(value[:8] if isinstance(value, list) else value)[:80]
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= MAX_SIZE  # a bool is no size
 
 
 def _check_tiling(entries: list[Entry], data_bytes: int, where: object) -> None:
