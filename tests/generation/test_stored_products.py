@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from plain_kernels import PlainKernels
+from threads import one_thread  # noqa: F401 - a fixture
 from tiny import V3, V3_INT4, write_tiny
 
 from weightkit.errors import DeviceError, SpaceError
@@ -26,15 +26,6 @@ from weightkit.transforms import cast
 from weightkit.writer import write
 
 PROMPTS = [[3, 9, 27, 40], [5, 6]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Products this small go slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["fp8", "int4"])

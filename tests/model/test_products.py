@@ -12,6 +12,7 @@ import pytest
 import torch
 from interpreted import interpreted_copy
 from plain_kernels import PlainKernels
+from threads import one_thread  # noqa: F401 - a fixture
 from tiny import V3, V3_INT4, Gptq, write_tiny
 
 from weightkit.checkpoint import Checkpoint
@@ -33,15 +34,6 @@ FORMS = {
 }
 MLP = "model.layers.1.mlp"
 EXPERTS = [f"{MLP}.experts.{number}.{module}_proj.weight" for number in range(8) for module in ("gate", "up", "down")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Products this small go slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

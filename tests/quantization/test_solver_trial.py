@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from standin_gpu import GPU, StandIn, standin_gpu
+from threads import one_thread  # noqa: F401 - a fixture
 from tiny import V3, write_tiny
 
 import weightkit as wk
@@ -23,15 +24,6 @@ from weightkit.quantization.settings import Settings
 from weightkit.quantization.trial import COLUMNS, OUTPUTS, try_solver
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Products this small go slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def broken(name: str, spoil: Callable[..., Any]) -> ModuleType:
