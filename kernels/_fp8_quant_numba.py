@@ -75,10 +75,12 @@ def _bounds(block, near, mantissa, codes):
         codes[j] = _U8(code)
         wrong |= _U32((code == 0) != (bits == 0))
         exponent = _U32(bits >> _U32(23))
+        power = _U32((exponent > least) & ((bits & _U32(0x7FFFFF)) == 0))  # of two: places below it are half as large
         exponent = exponent if exponent > least else least
         half = _double(_I64(_U32(exponent + rebias)) << _I64(52))
+        half_below = _double(_I64(_U32(exponent + rebias - power)) << _I64(52))
         size, step = _F64(_float(bits)), _F64(_decode_e4m3(code))
-        below, above = _double_bits((size - half) / step), _double_bits((size + half) / step)
+        below, above = _double_bits((size - half_below) / step), _double_bits((size + half) / step)
         below = below if code != 0 else _I64(0)
         above = above if code != 0 else _double_bits(1e300)
         low = below if below > low else low

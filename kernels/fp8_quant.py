@@ -5,9 +5,9 @@ A block of 128 x 128 values has one F32 scale, a value the E4M3 code nearest to 
 
 1. Values that were dequantized from FP8 get their codes back, and a scale that dequantizes to the same values. Each
    value w = round(code * scale) says in which interval its scale was, [(|w| - h) / |code|, (|w| + h) / |code|] with h
-   half the last place of w; the scales that explain the whole block are the intersection. The codes follow from any
-   scale near it, and its largest code, up to a power of two, is one of eight: those are tried, 448 first, which a
-   quantizer gives.
+   half the last place of w (below a power of two, half of that); the scales that explain the whole block are the
+   intersection. The codes follow from any scale near it, and its largest code, up to a power of two, is one of eight:
+   those are tried, 448 first, which a quantizer gives.
 2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one that is no subnormal (``scale_fmt:
    ue8m0``, V3.1 on). A block of zeros, or of values so small that this is 0, has the scale 1.
 
@@ -37,13 +37,14 @@ _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 _LEAST_EXPONENT = {torch.bfloat16: 1, torch.float16: 113, torch.float32: 1}
 """Of a normal number, biased as in F32."""
 
-_OPTIONS = {"VECTOR": 8, "PROBE": 32, "SAMPLE": 2, "maxnreg": 128}
+_OPTIONS = {"VECTOR": 8, "PROBE": 32, "SAMPLE": 2}
 """Of the kernel: codes a thread stores at once; values of the first row that candidates are tried with, and rows that a
-scale comes of. A block is read again for each step, from the cache: held in registers it spills."""
+scale comes of."""
 
-_WARPS = {True: 4, False: 8}
-"""With FP8 in hardware: what is done once a block is then shared by 128 values a thread, not 64. Chosen by counting the
-instructions of compiled code. Without it, more values than 64 need more registers than there are."""
+_LAUNCH = {True: {"num_warps": 4, "maxnreg": 168}, False: {"num_warps": 8, "maxnreg": 128}}
+"""With FP8 in hardware, and without. A block's pairs stay in registers, of which three blocks of four warps get 168 a
+thread: they come from FP8 at 4.1 TB/s on an H200, where blocks that are read again, or threads with 144 registers that
+spill, reach 3.3, and eight warps a block, which share what is done once a block among more, 3.3 too."""
 
 
 # --- kernel -----------------------------------------------------------------------------------------------------------
@@ -82,14 +83,19 @@ def _rounded(value, MANTISSA: tl.constexpr):
 
 @triton.jit
 def _code_of(value, FP8: tl.constexpr):
-    """F32, at most 448 in magnitude but for rounding, never NaN -> E4M3 codes as uint8."""
-    return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if FP8 else _encode(value).to(tl.uint8)
+    """F32, at most 448 in magnitude but for rounding, never NaN -> E4M3 codes as int32.
 
-
-@triton.jit
-def _size_of(code, FP8: tl.constexpr):
-    """uint8 codes without their sign, F32, exactly."""
-    return tl.abs(code.to(tl.float8e4nv, bitcast=True).to(tl.float32)) if FP8 else _magnitude_of(code.to(tl.int32))
+    Widened at once: of a code that is split off a pair of 16 bits and put beside the rest of that pair again, ptxas 12.8
+    made an instruction that takes the pair before it is there (``PACK_AB_MERGE_C`` with itself as C).
+    """
+    if FP8:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1; cvt.u32.u16 $0, pair; }",
+            "=r,f", [value], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        result = _encode(value)
+    return result
 
 
 @triton.jit
@@ -208,7 +214,7 @@ def _hopeless(sample, largest, FP8: tl.constexpr):
     """Values of a block, [1, n] F32 -> a bit for each candidate by which a quotient is too far from every code."""
     k = tl.arange(0, 8)[:, None]
     quotient = sample * (_candidate(k) * (1.0 / largest))
-    step = _size_of(_code_of(quotient, FP8), FP8)
+    step = _magnitude_of(_code_of(quotient, FP8))
     far = tl.abs(tl.abs(quotient) - step) > step * 0.015625
     return tl.reduce(tl.where(far, 1 << k, 0), None, _either)
 
@@ -230,36 +236,43 @@ def _fraction(bound):
 
 
 @triton.jit
+def _narrower(low, high, seen, other_low, other_high, other_seen):
+    return tl.maximum(low, other_low), tl.minimum(high, other_high), seen | other_seen
+
+
+@triton.jit
 def _sampled(sample, inverse, FP8: tl.constexpr):
-    """BF16 values of a block as F32, and a candidate / the largest -> whether the block's scale is one that explains
+    """BF16 values of a block as F32, [n], and a candidate / the largest -> whether the block's scale is one that explains
     these if it has one, whether there is one, and the middle of those."""
     size = tl.abs(sample)
     code = _code_of(size * inverse, FP8)
     used = code != 0
-    step = tl.where(used, _size_of(code, FP8), 1.0)
-    last = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 0.00390625  # half of its place
-    low = tl.max(tl.where(used, _bound(size - last, step), 0), axis=None)
-    high = tl.min(tl.where(used, _bound(size + last, step), 0x7F000000), axis=None)
-    code = code.to(tl.int32)
-    all_eight = tl.reduce(tl.where(code >= 8, 1 << (code & 7), 0), None, _either) == 0xFF
+    step = tl.where(used, _magnitude_of(code), 1.0)
+    bits = size.to(tl.int32, bitcast=True)
+    last = (bits & 0x7F800000).to(tl.float32, bitcast=True) * 0.00390625  # half of its place
+    last_below = tl.where((bits & 0x7FFFFF) == 0, last * 0.5, last)
+    low = tl.where(used, _bound(size - last_below, step), 0)
+    high = tl.where(used, _bound(size + last, step), 0x7F000000)
+    low, high, seen = tl.reduce((low, high, tl.where(code >= 8, 1 << (code & 7), 0)), 0, _narrower)
     low_above, low_below = _fraction(low)
     high_above, high_below = _fraction(high)
     left = low_above * high_below
     right = high_above * low_below
-    return all_eight, left <= right, tl.div_rn(left + right, low_below * high_below * 2.0)
+    return seen == 0xFF, left <= right, tl.div_rn(left + right, low_below * high_below * 2.0)
 
 
 @triton.jit
 def _interval(value, step_size, MANTISSA: tl.constexpr, LEAST: tl.constexpr):
     """F32 values, their largest divided by a candidate -> codes as int32, and the scales that explain each, F64."""
     size = tl.abs(value)
-    exponent = (size.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = tl.maximum(exponent, LEAST)  # below it the dtype counts in equal steps
+    bits = size.to(tl.int32, bitcast=True)
+    exponent = tl.maximum(bits >> 23, LEAST)  # below it the dtype counts in equal steps
     half = ((exponent + (1023 - 127 - 1 - MANTISSA)).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    half_below = tl.where(((bits & 0x7FFFFF) == 0) & (exponent > LEAST), half * 0.5, half)
     code = _encode(tl.div_rn(value, step_size)) & 0x7F
     step = tl.where(code == 0, 1.0, _magnitude_of(code)).to(tl.float64)
     wide = size.to(tl.float64)
-    low = tl.where(code == 0, 0.0, (wide - half) / step)
+    low = tl.where(code == 0, 0.0, (wide - half_below) / step)
     high = tl.where(code == 0, 1e300, (wide + half) / step)
     return code, low, high
 
@@ -309,7 +322,7 @@ def _quantize_kernel(
     - An interval's relative place depends on the 4 bits of a code's significand and the 8 of the value's, which is the
       code times the scale, rounded. Where one scale gives all values back, codes of equal significands so have one
       interval, and a sample with all eight has the block's. One without (few codes in use, say) is not relied on.
-    - An interval's end is a number of 9 bits by one of 4, so two that differ do so by 2**-14, and F32 tells them apart.
+    - An interval's end is a number of 10 bits by one of 4: two that differ do so by 2**-14, and F32 tells them apart.
       Which one it is comes of the quotient in F32 and the significand, and the middle of two is then one division: it
       is no closer than 2**-33 to where F32 rounds, unless it is exact, so that rounding in F64 first changes nothing.
     - A value's quotient by largest / candidate lies within 2**-7 of its code where any scale explains both, while half
@@ -343,6 +356,12 @@ def _quantize_kernel(
         pair_start = values.to(tl.pointer_type(tl.int32), bitcast=True) + pair_place
         pair_target = codes.to(tl.pointer_type(tl.int16), bitcast=True) + pair_place
         pairs = tl.load(pair_start + pair_offset, mask=pair_inside, other=0)
+        probe_column = tl.arange(0, PROBE)[None, :]
+        probe = tl.load(start + probe_column, mask=probe_column < inside_columns, other=0.0)
+        sample_row = tl.arange(0, SAMPLE * BLOCK) // BLOCK
+        sample_column = tl.arange(0, SAMPLE * BLOCK) % BLOCK
+        sample_mask = (sample_row < inside_rows) & (sample_column < inside_columns)
+        sample = tl.load(start + sample_row * columns + sample_column, mask=sample_mask, other=0.0)
         top = _largest_bits(pairs, FP8)
     else:
         value = tl.load(start + row * columns + column, mask=inside, other=0.0).to(tl.float32)
@@ -364,18 +383,13 @@ def _quantize_kernel(
         k = 0  # the first candidate that is neither out nor the scale
         if PAIRS:  # noqa: SIM102 - names of pairs are known only then
             if normal:
-                probe_column = tl.arange(0, PROBE)[None, :]
-                probe = tl.load(start + probe_column, mask=probe_column < inside_columns, other=0.0).to(tl.float32)
-                out = _hopeless(probe, largest, FP8)  # a bit a candidate
+                out = _hopeless(probe.to(tl.float32), largest, FP8)  # a bit a candidate
                 promising = largest < 0.0
                 inverse = largest
                 middle = largest
                 if out == 0xFF:
                     k = 8
                 else:
-                    sample_row = tl.arange(0, SAMPLE)[:, None]
-                    sample_mask = (sample_row < inside_rows) & (column < inside_columns)
-                    sample = tl.load(start + sample_row * columns + column, mask=sample_mask, other=0.0)
                     looking = True
                     while looking:
                         if ((out >> k) & 1) == 0:
@@ -387,12 +401,11 @@ def _quantize_kernel(
                             k += 1
                             looking = k < 8
                 if promising:
-                    held = tl.load(pair_start + pair_offset, mask=pair_inside, other=0)
-                    first, _ = _halves(held)
-                    second = held.to(tl.float32, bitcast=True)  # with the first in its last bits
+                    first, _ = _halves(pairs)
+                    second = pairs.to(tl.float32, bitcast=True)  # with the first in its last bits
                     each = _codes(first * inverse, second * inverse, FP8)
                     first, second = _decoded(each, FP8)
-                    settled = _equal(_pairs(first * middle, second * middle, FP8), held, FP8)
+                    settled = _equal(_pairs(first * middle, second * middle, FP8), pairs, FP8)
                     k += 1
                     if settled:
                         scale = middle
@@ -410,7 +423,6 @@ def _quantize_kernel(
     if PAIRS:  # noqa: SIM102
         if normal & (settled == 0):
             inverse = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
-            pairs = tl.load(pair_start + pair_offset, mask=pair_inside, other=0, eviction_policy="evict_first")
             first, second = _halves(pairs)
             first = _quotient(first, scale, inverse, FP8)
             second = _quotient(second, scale, inverse, FP8)
@@ -479,7 +491,7 @@ def quantize(
             values, codes, scales, rows, columns,
             MANTISSA=_MANTISSA_BITS[values.dtype], LEAST=_LEAST_EXPONENT[values.dtype],
             POWER_OF_TWO=power_of_two, PAIRS=_in_pairs(values, codes), FP8=fp8, BLOCK=BLOCK,
-            PART=4 if values.is_cuda else BLOCK, num_warps=_WARPS[fp8], **_OPTIONS,
+            PART=4 if values.is_cuda else BLOCK, **_OPTIONS, **_LAUNCH[fp8],
         )  # fmt: skip
     return codes, scales
 
@@ -542,13 +554,15 @@ def _explained(block: torch.Tensor) -> torch.Tensor | None:
         return None
     exponent = ((values.view(torch.int32) >> 23) & 0xFF).clamp(min=_LEAST_EXPONENT[block.dtype])
     half = torch.ldexp(torch.ones_like(magnitude), exponent - 128 - _MANTISSA_BITS[block.dtype])
+    power = (values.view(torch.int32) & 0x7FFFFF == 0) & (exponent > _LEAST_EXPONENT[block.dtype])
+    half_below = torch.where(power, half / 2, half)
     for candidate in CANDIDATES:
         codes = decode_e4m3(encode_e4m3(values / (largest / candidate)))
         if bool(((codes == 0) != (values == 0)).any()):
             continue
         used = codes != 0
         steps = codes[used].abs().double()
-        low, high = ((magnitude - half)[used] / steps).max(), ((magnitude + half)[used] / steps).min()
+        low, high = ((magnitude - half_below)[used] / steps).max(), ((magnitude + half)[used] / steps).min()
         scale = ((low + high) / 2).float()
         if bool(low <= high) and torch.equal((codes * scale).to(block.dtype), block):
             return scale

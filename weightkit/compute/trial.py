@@ -70,16 +70,18 @@ def first_use(name: object) -> Iterator[None]:
 
 
 class MadeUp(Reader):
-    """Reads contents that no file has: all FP8 codes, scales of usual size, floats of which the first half came from
-    FP8, words of random codes, groups in order of the first."""
+    """Reads contents that no file has: all FP8 codes, scales of usual size, floats of which the first half of the rows
+    came from FP8, words of random codes, groups in order of the first."""
 
     def read(self, tensor: LazyTensor, out: Bytes | None = None) -> Bytes:
         out = np.empty(size_bytes(tensor), np.uint8) if out is None else out
         if tensor.dtype == "I32" and len(tensor.shape) == 1:
             out[:] = 0  # g_idx
         elif tensor.dtype == "BF16":
-            half = len(out) // 4 * 2
-            out[:half] = np.resize(_came_from_fp8(), half)
+            columns = tensor.shape[-1] if tensor.shape else 1
+            rows = len(out) // (4 * columns)
+            half = rows * columns * 2
+            out[:half] = _came_from_fp8(rows, columns)
             out[half:] = np.resize(_floats("BF16"), len(out) - half)
         else:
             out[:] = np.resize(_floats(tensor.dtype), len(out))
@@ -102,12 +104,15 @@ def _floats(dtype: str) -> Bytes:
     return np.frombuffer(random.bytes(PATTERN), np.uint8)
 
 
-@lru_cache(maxsize=1)
-def _came_from_fp8() -> Bytes:
-    """BF16 of all FP8 codes but NaN, by one scale."""
-    codes = np.random.default_rng(1).permutation(np.arange(PATTERN) % 256).astype(np.uint8)
-    codes[(codes & 0x7F) == 0x7F] = 0
-    rows, columns = 251, 256
-    scales = np.full((-(-rows // 128), columns // 128), 0.0123, np.float32)
-    values: Bytes = CpuEngine().dequantize(codes.reshape(rows, columns), scales, "BF16").copy()
+def _came_from_fp8(rows: int, columns: int) -> Bytes:
+    """BF16 of FP8 codes, with a scale a block, and another largest code, 448 to 240, in each of eight next to each other.
+
+    A kernel takes what it finds for one block for the next one's, if it is translated wrongly: so no two are alike.
+    """
+    random = np.random.default_rng(1)
+    codes = np.resize(random.permutation(np.arange(PATTERN) % 256).astype(np.uint8), (rows, columns))
+    limits = np.repeat(0x7E - np.arange(-(-columns // 128)) % 8, 128)[:columns].astype(np.uint8)
+    codes = np.minimum(codes & 0x7F, limits) | codes & 0x80
+    scales = (2.0 ** random.uniform(-14, -2, (-(-rows // 128), -(-columns // 128)))).astype(np.float32)
+    values: Bytes = CpuEngine().dequantize(codes, scales, "BF16").copy()
     return values
