@@ -85,8 +85,8 @@ def _rounded(value, MANTISSA: tl.constexpr):
 def _code_of(value, FP8: tl.constexpr):
     """F32, at most 448 in magnitude but for rounding, never NaN -> E4M3 codes as int32.
 
-    Widened at once: of a code that is split off a pair of 16 bits and put beside the rest of that pair again, ptxas 12.8
-    made an instruction that takes the pair before it is there (``PACK_AB_MERGE_C`` with itself as C).
+    Widened at once: of a code that is split off a pair of 16 bits and put beside the rest of that pair again, ptxas
+    12.8 made an instruction that takes the pair before it is there (``PACK_AB_MERGE_C`` with itself as C).
     """
     if FP8:
         result = tl.inline_asm_elementwise(
@@ -242,8 +242,8 @@ def _narrower(low, high, seen, other_low, other_high, other_seen):
 
 @triton.jit
 def _sampled(sample, inverse, FP8: tl.constexpr):
-    """BF16 values of a block as F32, [n], and a candidate / the largest -> whether the block's scale is one that explains
-    these if it has one, whether there is one, and the middle of those."""
+    """BF16 values of a block as F32, [n], and a candidate / the largest -> whether the block's scale is one that
+    explains these if it has one, whether there is one, and the middle of those."""
     size = tl.abs(sample)
     code = _code_of(size * inverse, FP8)
     used = code != 0

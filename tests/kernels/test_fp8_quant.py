@@ -35,7 +35,7 @@ def from_fp8(dtype: torch.dtype, rows: int = 300, columns: int = 200, seed: int 
 
 
 def rounded_up_to_powers_of_two(dtype: torch.dtype) -> torch.Tensor:
-    """A matrix as ``from_fp8``'s, whose scales leave a significand just enough below a power of two to be rounded up."""
+    """A matrix as ``from_fp8``'s, whose scales leave a significand just enough below a power of two to round up."""
     bits = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}[dtype]
     generator = torch.Generator().manual_seed(14)
     shares = (1 - torch.arange(1, 9)[:, None] / 100) * 2.0 ** -(bits + 1)  # of half a place there
