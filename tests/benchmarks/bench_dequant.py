@@ -46,8 +46,9 @@ Peer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # --- GPU --------------------------------------------------------------------------------------------------------------
 
 
-def graph_seconds(launch: Callable[[], object], repeats: int = 15) -> float:
-    """Median seconds of a replay of what ``launch`` puts on the stream."""
+def graph_seconds(launch: Callable[[], object], repeats: int = 15, bursts: int = 3) -> float:
+    """Median seconds of a replay of what ``launch`` puts on the stream, in bursts a moment apart: all replays of one
+    may fall into something that the machine does for some milliseconds."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         launch()  # compiles
@@ -55,16 +56,18 @@ def graph_seconds(launch: Callable[[], object], repeats: int = 15) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         launch()
-    for _ in range(3):
-        graph.replay()
     times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
+    for _ in range(bursts):
+        time.sleep(0.05)
+        for _ in range(3):
+            graph.replay()
+        for _ in range(repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
     return statistics.median(times)
 
 

@@ -45,6 +45,15 @@ def rounded_up_to_powers_of_two(dtype: torch.dtype) -> torch.Tensor:
     return dequantized(codes, scales, dtype)
 
 
+def all_codes_by_each_scale(count: int) -> torch.Tensor:
+    """BF16 [1, 128 * count]: all codes times ``count`` scales, evenly through an octave."""
+    mantissas = torch.arange(count, dtype=torch.int32) * ((1 << 23) // count) + torch.arange(count) % 61
+    scales = ((116 << 23) + mantissas.int()).view(torch.float32)
+    codes = torch.arange(128, dtype=torch.uint8)
+    codes[0x7F] = 0x80
+    return (codes.view(torch.float8_e4m3fn).float() * scales[:, None]).to(torch.bfloat16).view(1, -1)
+
+
 def dequantized(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: codes.shape[0], : codes.shape[1]]
     return (codes.view(torch.float8_e4m3fn).float() * each).to(dtype)
@@ -80,6 +89,14 @@ def test_every_code_and_many_values_are_encoded_as_torch_does() -> None:
 def test_values_that_came_from_fp8_are_given_back(dtype: torch.dtype) -> None:
     for values in (from_fp8(dtype), rounded_up_to_powers_of_two(dtype)):
         assert torch.equal(dequantized(*on_cpu(values, power_of_two=False), dtype), values)
+
+
+def test_whatever_the_scale_values_are_given_back() -> None:
+    """Close ends of intervals, ties, values that are rounded up to powers of two: some scales meet each."""
+    values = all_codes_by_each_scale(1 << 15)
+    codes, scales = on_cpu(values, power_of_two=False)
+    back = (codes.view(torch.float8_e4m3fn).view(-1, 128).float() * scales.view(-1, 1)).to(torch.bfloat16)
+    assert torch.equal(back.view(1, -1).view(torch.int16), values.view(torch.int16))
 
 
 def test_other_values_are_rounded_to_the_nearest_code_of_the_largest_scale() -> None:
@@ -331,6 +348,12 @@ def test_the_kernel_equals_it_too_on_a_gpu(dtype: torch.dtype) -> None:
             wanted = on_cpu(values, power)
             assert torch.equal(codes.cpu(), wanted[0])
             assert torch.equal(scales.cpu(), wanted[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_whatever_the_scale_a_gpu_finds_it_too() -> None:
+    assert_equal_on_a_gpu(all_codes_by_each_scale(1 << 19))
 
 
 @pytest.mark.gpu
