@@ -54,6 +54,18 @@ def test_launched_ranks_see_what_torchrun_sets(tmp_path: Path) -> None:
     assert len({values[5] for values in found}) == 1
 
 
+def test_ranks_leave_each_other_before_python_ends(tmp_path: Path) -> None:
+    """Else one in twenty was aborted by a thread of gloo's."""
+    code = f"""
+import atexit, torch, torch.distributed as dist
+from weightkit.ranks.ranks import Ranks
+atexit.register(lambda: open('{tmp_path}/' + str(rank), 'w').write(str(dist.is_initialized())))
+Ranks.join(torch.device('cpu')).wait()
+"""
+    assert launch(2, python(code)) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["False", "False"]
+
+
 def test_a_failed_rank_gives_its_code_once_the_others_have_ended(tmp_path: Path) -> None:
     code = f"""
 if rank == 1: sys.exit(3)

@@ -177,6 +177,7 @@ def command(
         click.echo(json.dumps(cost.to_json()) if as_json else cost.render())
         return None
     outcome = carry_out(job, progress=not quiet, force=force)
+    job.ranks.leave()
     if outcome is None:
         return None
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -177,6 +178,7 @@ def _initialize(world: World, backend: str) -> None:
         patience = timedelta(seconds=ANSWER_TIMEOUT_S)
         store.set_timeout(patience)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=patience)
+        atexit.register(_leave_at_exit)
     except (RuntimeError, ValueError) as exc:
         waited = human_seconds(time.monotonic() - started)
         raise RankError(
@@ -185,6 +187,14 @@ def _initialize(world: World, backend: str) -> None:
             expected=f"{world.size} ranks at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
             fix="Start torchrun on every node with the same --nnodes, --nproc-per-node and --rdzv-endpoint.",
         ) from exc
+
+
+def _leave_at_exit() -> None:
+    """gloo's threads, if they are left to run while Python ends, abort the process now and then, and with it torchrun.
+    With GPUs, those of a group that others have left may have to be waited for, which only torch itself does rightly.
+    """
+    if dist.is_initialized() and not torch.cuda.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager
