@@ -16,6 +16,8 @@ to FP8. Every run is a process of its own; the contenders take turns, in each ro
     GB/s        bytes read and written over the first
     CPU         seconds, user and system
     ready       seconds until the first strip is computed on a GPU, after the writing began; share of strips computed so
+    start       of that, seconds until torch is imported and has found its GPUs; in which the CPU computes what they are
+                tried with; in which they do, kernels loaded
     read ...    seconds of all workers, in percent of the time that they are at work: reading; computing on the CPU, or
                 starting strips on a GPU; waiting for results of a GPU; copying those of the CPU into the file's
                 buffers; waiting for buffers that are not yet hashed and written; reserving space for the file.
@@ -90,13 +92,30 @@ class Clock:
 
         setattr(owner, name, timed)
 
+    def span(self, owner: object, name: str) -> None:
+        """Keep when a method was first called, and when it then ended, on whatever thread."""
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            self.first.setdefault(f"{name} begins", time.perf_counter())
+            try:
+                return inner(*args, **options)
+            finally:
+                self.first.setdefault(f"{name} ends", time.perf_counter())
+
+        setattr(owner, name, timed)
+
+    def between(self, first: str, then: str) -> float | None:
+        """Seconds, if both happened."""
+        return self.first[then] - self.first[first] if {first, then} <= self.first.keys() else None
+
 
 def child(kind: str, mode: str, source: Path, target: Path, jobs: int) -> None:
     """Cast, and print as JSON what it took."""
     import weightkit as wk
     from weightkit.checkpoint import Reader
     from weightkit.checkpoint.folder import LOCK_NAME
-    from weightkit.compute import CpuEngine, CudaEngine, StartingEngine, engines, start_engine
+    from weightkit.compute import CpuEngine, CudaEngine, StartingEngine, engines, start_engine, starting, trial
     from weightkit.layouts import lay_out_published
     from weightkit.transforms import cast_to_fp8
     from weightkit.writer import execute, files, make_plan, stream
@@ -117,6 +136,9 @@ def child(kind: str, mode: str, source: Path, target: Path, jobs: int) -> None:
     clock.wrap(AppendStream, "_write_block", "write")
     clock.wrap(AppendStream, "finish", "finish")
     clock.wrap(files.FileWriter, "fill", "rest")
+    clock.span(starting, "_open")
+    clock.span(trial.Trial, "__init__")
+    clock.span(trial.Trial, "require")
     opened = wk.open_checkpoint(source)
     plan = make_plan(lay_out_published(cast_to_fp8(opened) if kind == "fp8" else wk.cast(opened, "bf16")), target)
     engine = start_engine("cuda" if mode.startswith("cuda") else mode, plan.computed)  # type: ignore[arg-type]
@@ -147,6 +169,9 @@ def child(kind: str, mode: str, source: Path, target: Path, jobs: int) -> None:
                 "hash": seconds.get("hash", 0) / worker_s,
                 "gpu_share": on_gpu / max(1, on_gpu + on_cpu),
                 "ready_s": clock.first["launch"] - started if on_gpu else None,
+                "torch_s": clock.between("_open begins", "__init__ begins"),
+                "samples_s": clock.between("__init__ begins", "__init__ ends"),
+                "kernels_s": clock.between("require begins", "require ends"),
                 "written": plan.bytes_written,
                 "needed": plan.bytes_read,
                 "lock": lock,
@@ -278,7 +303,7 @@ class Bench:
 
 def table(bench: Bench, jobs: int) -> str:
     """Markdown."""
-    columns = ("cast", "device", "wall s", "of write", "GB/s", "CPU s", "ready s", "on GPU", "runs")
+    columns = ("cast", "device", "wall s", "of write", "GB/s", "CPU s", "ready s", "start s", "on GPU", "runs")
     shares = ("read", "compute", "gpu", "copy", "buffers", "reserve", "rest", "hash")
     lines = ["| " + " | ".join([*columns, *(f"{share} %" for share in shares)]) + " |"]
     lines.append("|" + " --- |" * (len(columns) + len(shares)))
@@ -296,6 +321,7 @@ def table(bench: Bench, jobs: int) -> str:
         moved = sizes[what]["needed"] + sizes[what]["written"] if what in sizes else 0
         rate = f"{moved / 1e9 / (median('wall_s') or 1):.2f}"
         row = [what, mode, shown("wall_s"), shown("write_s"), rate, shown("cpu_s", digits=1), shown("ready_s")]
+        row.append(" + ".join(filter(None, (shown(f"{part}_s", digits=1) for part in ("torch", "samples", "kernels")))))
         row += ["" if mode == "plain" else f"{shown('gpu_share', 100, 0)} %", str(len(runs))]
         lines.append("| " + " | ".join([*row, *(shown(share, 100, 0) for share in shares)]) + " |")
     one, many = hash_rate(1), hash_rate(jobs)
