@@ -25,6 +25,7 @@ from weightkit.layouts.published import SINGLE_NAME
 from weightkit.layouts.ranks import DEMO_CONFIG_NAME
 from weightkit.remote.path import is_remote
 from weightkit.serving.engines import Engine
+from weightkit.serving.fp8 import fp8_problems
 from weightkit.serving.gptq import gptq_problems
 from weightkit.smoke import Check
 
@@ -193,6 +194,8 @@ def _weights(subject: Subject) -> Iterator[WeightkitError]:
     if arch.is_gptq and "GPTQ" in engine.reads:
         dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
         yield from gptq_problems(arch, dtypes, engine=engine.name, mtp=subject.mtp > 0)
+    if arch.is_fp8 and engine.name in ("vllm", "sglang"):
+        yield from fp8_problems(arch, engine=engine.name, mtp=subject.mtp > 0)
 
 
 def _fix_of_form(form: str) -> str:

@@ -1,7 +1,6 @@
 """Whether an engine finds the int4 tensors where the rules of ``dynamic`` send it.
 
-Engines fuse layers: gate and up are ``gate_up_proj``, the first projections of attention one more, and all routed
-experts of a layer ``mlp.experts``. They ask ``dynamic`` about the fused name and read all its parts alike. Sources:
+Engines ask ``dynamic`` about the name of a fused layer and read all its parts alike. Sources:
 ``vllm/model_executor/layers/quantization/utils/gptq_utils.py`` and ``auto_gptq.py`` (``get_moe_quant_method``),
 ``sglang/srt/layers/quantization/utils.py`` (``get_linear_quant_method``).
 """
@@ -11,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 
 from weightkit.errors import TensorError, UnsupportedError, WeightkitError
-from weightkit.family import Architecture, Quantization, quantizable_modules
+from weightkit.family import Architecture, Quantization
 from weightkit.family.quantization import rule_matches
+from weightkit.serving.fused import fused_layers
 
 GROUP_SIZES = (-1, 32, 64, 128)
 """``MARLIN_SUPPORTED_GROUP_SIZES`` of ``marlin_utils.py`` in both engines."""
 HIDDEN_UNIT = 128
 """``check_moe_marlin_supports_layer``: the experts' kernel takes the hidden size in tiles of this."""
-_FUSED_MLP = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-_ATTENTION = ("q_a_proj", "kv_a_proj_with_mqa")
-_FUSED_ATTENTION = {"vllm": "fused_qkv_a_proj", "sglang": "fused_qkv_a_proj_with_mqa"}
 _PLAIN = frozenset(("BF16", "F16", "F32"))
 _LEAVES = (".qweight", ".qzeros", ".g_idx")
 _RULES = "quantization_config.dynamic"
@@ -80,12 +77,9 @@ def _stray_dtypes(dtypes: dict[str, str]) -> Iterator[WeightkitError]:
 def _rule_problems(
     arch: Architecture, quantization: Quantization, names: Set[str], *, engine: str, mtp: bool
 ) -> Iterator[WeightkitError]:
-    for layer in range(arch.total_layers if mtp else arch.num_hidden_layers):
-        parts: dict[str, dict[bool, str]] = {}
-        for module in quantizable_modules(arch, layer):
-            parts.setdefault(fused_name(module, arch, engine), {}).setdefault(f"{module}.qweight" in names, module)
-        for fused, stored in parts.items():
-            yield from _fused_problems(fused, stored, quantization, engine)
+    for fused, modules in fused_layers(arch, engine=engine, mtp=mtp):
+        stored = {f"{module}.qweight" in names: module for module in reversed(modules)}
+        yield from _fused_problems(fused, stored, quantization, engine)
 
 
 def _fused_problems(
@@ -127,18 +121,6 @@ def _fused_problems(
             found="quantized" if quantized else "not quantized",
             fix=f"Correct the patterns in {_RULES}: engines match them with this name, from its beginning.",
         )
-
-
-def fused_name(module: str, arch: Architecture, engine: str) -> str:
-    """The name by which an engine asks about a layer: ``...mlp.up_proj`` is part of ``...mlp.gate_up_proj``
-    (``models/deepseek_v2.py`` of both)."""
-    before, experts, _ = module.partition(".mlp.experts.")
-    if experts:
-        return f"{before}.mlp.experts"
-    path, _, leaf = module.rpartition(".")
-    in_one = arch.q_lora_rank is not None and leaf in _ATTENTION
-    fused = _FUSED_ATTENTION[engine] if in_one else _FUSED_MLP.get(leaf, leaf)
-    return f"{path}.{fused}"
 
 
 def _by_rules(quantization: Quantization, name: str) -> bool:
