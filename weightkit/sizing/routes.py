@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightkit import manifests
 from weightkit.family import Architecture, legal_mp
+from weightkit.remote.path import is_remote
 from weightkit.sizing.forms import Form
 from weightkit.sizing.sharding import shard_bytes
 from weightkit.sizing.source import Source
@@ -20,14 +21,15 @@ _HIDDEN_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One command, from the source as it lies on disk.
+    """One command, from the source as it lies on disk or at its address.
 
     Attributes:
         command: as it is typed.
-        reads_bytes: from files, as the command's dry run counts them, or, of ``fetch``, from the network. What ranks
-            share is read by each; a disk is spared what the page cache keeps of it.
+        reads_bytes: from files, as the command's dry run counts them, or, of ``fetch`` and from an address, from the
+            network. What ranks share is read by each; a disk is spared what the page cache keeps of it.
         writes_bytes: to the disk, what stays there.
-        disk_bytes: most that lies on the disk at once: source, result, and what is kept for a resume.
+        disk_bytes: most that lies on the disk at once: source, unless it has an address, result, and what is kept for a
+            resume.
         wall_s: at the speeds that were assumed. A disk's speed is shared by what is read and what is written.
         bound_by: ``network``, ``disk`` or ``computing``, whichever takes longest; they go on side by side.
         projected: whether the time follows from a measurement on another model, not from the speeds alone.
@@ -43,12 +45,22 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
-class _Speeds:
+class _Place:
+    """Where bytes come from, and how fast: ``held`` of them lie on the disk, none of an address."""
+
+    held: int
     disk: int
     network: int
+    is_remote: bool
 
-    def convert(self, command: str, held: int, reads: int, writes: int) -> Route:
-        return Route(command, reads, writes, held + writes, (reads + writes) / self.disk, "disk")
+    def convert(self, command: str, reads: int, writes: int) -> Route:
+        return Route(command, reads, writes, self.held + writes, *self.time(reads, writes))
+
+    def time(self, reads: int, writes: int) -> tuple[float, str]:
+        """Seconds of moving bytes, and what bounds it."""
+        if not self.is_remote:
+            return (reads + writes) / self.disk, "disk"
+        return max((reads / self.network, "network"), (writes / self.disk, "disk"), key=lambda each: each[0])
 
 
 def routes_of(
@@ -71,53 +83,55 @@ def routes_of(
         gpus: ranks to shard for, where that is legal; else the most that are and are not more.
         disk_speed, network_speed: bytes a second.
     """
-    speeds = _Speeds(disk_speed, network_speed)
+    remote = source.path is not None and is_remote(source.path)
+    held = 0 if remote else source.files_bytes or own.size_bytes(mtp=True)
+    place = _Place(held, disk_speed, network_speed, remote)
     made = {form.command.split()[1]: (form, weights[form.name]) for form in forms if form.command and not form.missing}
-    return tuple(_routes(source, own, made, gpus, speeds))
+    return tuple(_routes(source, own, made, gpus, place))
 
 
 _Made = Mapping[str, tuple[Form, Weights]]  # by the command that makes it: cast, quantize
 
 
-def _routes(source: Source, own: Weights, made: _Made, gpus: int, speeds: _Speeds) -> Iterator[Route]:
+def _routes(source: Source, own: Weights, made: _Made, gpus: int, place: _Place) -> Iterator[Route]:
     data, main = own.size_bytes(mtp=True), own.size_bytes(mtp=False)
-    held, strips = source.files_bytes or data, main < data
+    strips = main < data
     suffix = " --no-mtp" if strips else ""
     if source.published:
-        by_network, by_disk = held / speeds.network, held / speeds.disk
-        bound = "network" if by_network >= by_disk else "disk"
-        yield Route("fetch", held, held, held, max(by_network, by_disk), bound)
+        fetched = replace(place, is_remote=True).time(place.held, place.held)
+        yield Route("fetch", place.held, place.held, place.held, *fetched)
     if strips:
-        yield speeds.convert("strip", held, main, main)
+        yield place.convert("strip", main, main)
     for name, (form, result) in made.items():
         command, out = form.command.removeprefix("weightkit ") + suffix, result.size_bytes(mtp=False)
         if name == "quantize":
-            yield _quantize(command, source, speeds, held=held, reads=main, writes=out)
+            yield _quantize(command, source, place, reads=main, writes=out)
         else:
-            yield speeds.convert(command, held, main, out)
-    yield from _shards(source, made, held, gpus, speeds)
+            yield place.convert(command, main, out)
+    yield from _shards(source, made, gpus, place)
 
 
-def _shards(source: Source, made: _Made, held: int, gpus: int, speeds: _Speeds) -> Iterator[Route]:
+def _shards(source: Source, made: _Made, gpus: int, place: _Place) -> Iterator[Route]:
     arch = source.arch
     ranks = _most(legal_mp(arch, fp8=arch.is_fp8, gptq=arch.is_gptq), gpus)
-    yield speeds.convert(f"shard --mp {ranks}", held, *shard_bytes(source, arch, ranks))
+    yield place.convert(f"shard --mp {ranks}", *shard_bytes(source, arch, ranks))
     if "cast" in made:
         bf16 = made["cast"][0].arch
         ranks = _most(legal_mp(bf16, fp8=False), gpus)
-        yield speeds.convert(f"shard --mp {ranks} --to bf16", held, *shard_bytes(source, bf16, ranks))
+        yield place.convert(f"shard --mp {ranks} --to bf16", *shard_bytes(source, bf16, ranks))
 
 
 def _most(legal: tuple[int, ...], gpus: int) -> int:
     return max(n for n in legal if n <= gpus)
 
 
-def _quantize(command: str, source: Source, speeds: _Speeds, *, held: int, reads: int, writes: int) -> Route:
+def _quantize(command: str, source: Source, place: _Place, *, reads: int, writes: int) -> Route:
     """Two snapshots of the activations lie beside the output for a moment, before the older one goes."""
     snapshots = 2 * source.calibration_tokens * source.arch.hidden_size * _HIDDEN_BYTES
-    by_disk, computing = (reads + writes) / speeds.disk, quantization_s(source.arch)
-    bound = "computing" if computing >= by_disk else "disk"
-    return Route(command, reads, writes, held + writes + snapshots, max(by_disk, computing), bound, projected=True)
+    moving = place.time(reads, writes)
+    computing = (quantization_s(source.arch), "computing")
+    slowest = max(computing, moving, key=lambda each: each[0])
+    return Route(command, reads, writes, place.held + writes + snapshots, *slowest, projected=True)
 
 
 def quantization_s(arch: Architecture) -> float:
