@@ -108,8 +108,59 @@ def _differs(block, codes, scale, mantissa):
 
 
 @_FAST
+def _narrow(value, mantissa):
+    """F32, not negative -> bits in the dtype."""
+    if mantissa == 7:
+        return _U32(_encode_bf16(value))
+    return _U32(_encode_f16(value)) if mantissa == 10 else _bits(value)
+
+
+@_FAST
+def _next(block, scale, mantissa):
+    """Bits of a larger scale, up to which none gives all values back; 0 where ``scale`` itself does."""
+    most, following = _U32(0), _U32(_bits(scale) + _U32(2))
+    least, rebias = _U32(113) if mantissa == 10 else _U32(1), _U32(895 - mantissa)
+    twice = 0.0 if mantissa == 23 else 2.0**-150  # products are rounded to F32 first
+    for j in range(len(block)):
+        bits = _U32(block[j] & _SIZE)
+        size = _float(bits)
+        near = _F32(size / scale)
+        near = near if near < _F32(448.0) else _F32(448.0)
+        code = _encode_size(near)
+        back, own = _narrow(_F32(_decode_e4m3(code) * scale), mantissa), _narrow(size, mantissa)
+        code = code if back <= own else _U32(code - _U32(1))
+        exponent = _U32(bits >> _U32(23))
+        power = _U32((exponent > least) & ((bits & _U32(0x7FFFFF)) == 0))
+        exponent = exponent if exponent > least else least
+        half_below = _double(_I64(_U32(exponent + rebias - power)) << _I64(52))
+        end = (_F64(size) - half_below) * (1.0 - 2.0**-23) - twice
+        end = _bits(_F32(end / _F64(_decode_e4m3(code))))
+        end = _U32((end if end > following else following) - _U32(1))
+        end = end if code != 0 else _INF
+        end = end if back != own else _U32(0)
+        most = end if end > most else most
+    return most
+
+
+@_FAST
+def _least(block, first, last, mantissa):
+    """The least scale that explains a block of those from ``first`` to ``last``, bits; 0 where none does."""
+    scale, start, good = first, 0, 0
+    while good < len(block) and scale <= last:
+        following = _next(block[start : start + BLOCK], _float(scale), mantissa)
+        if following == 0:
+            start, good = (start + BLOCK if start + BLOCK < len(block) else 0), good + BLOCK
+        else:
+            scale, good = following, 0
+    return _float(scale) if scale <= last else _F32(0)
+
+
+@_FAST
 def _explained(block, largest, mantissa, codes):
     """A scale that the block was dequantized with, as far as its values tell; 0 where there is none."""
+    if largest < (_F32(2.0**-14) if mantissa == 10 else _F32(2.0**-108)):
+        most = _F32(largest * (_F32(2.0**-7) if mantissa == 10 else _F32(512.0)))
+        return _least(block, _U32(1), _bits(most), mantissa)
     for k in range(8):
         candidate = _F32(448.0 - 32.0 * k) if k < 7 else _F32(240.0)
         near = _F32(largest / candidate)
@@ -125,6 +176,10 @@ def _explained(block, largest, mantissa, codes):
             scale = _F32((_double(low) + _double(high)) * 0.5)
             if not _differs(block, codes, scale, mantissa):
                 return scale
+            if mantissa == 10:
+                scale = _least(block, _U32(_bits(scale) - _U32(1)), _U32(_bits(scale) + _U32(1)), mantissa)
+                if scale != 0:
+                    return scale
     return _F32(0)
 
 

@@ -6,12 +6,19 @@ A block of 128 x 128 values has one F32 scale, a value the E4M3 code nearest to 
 1. Values that were dequantized from FP8 get their codes back, and a scale that dequantizes to the same values. Each
    value w = round(code * scale) says in which interval its scale was, [(|w| - h) / |code|, (|w| + h) / |code|] with h
    half the last place of w (below a power of two, half of that); the scales that explain the whole block are the
-   intersection. The codes follow from any scale near it, and its largest code, up to a power of two, is one of eight:
-   those are tried, 448 first, which a quantizer gives.
+   intersection, of which its middle is taken. The codes follow from any scale near it, and its largest code, up to a
+   power of two, is one of eight: those are tried, 448 first, which a quantizer gives. (A block with few codes may get
+   others, that give the same values.)
+
+   That holds where values are normal numbers, or all but normal: from 2**-108 on for BF16 and F32, whose scale is then
+   at least 2**-117, and codes times it at least 2**-126; from 2**-14 on for F16, whose small values may leave one point
+   that no F32 is, and then one of the scales beside it explains the block. In smaller blocks a value may come from
+   several codes, and a scale shifted by a power of two may be none: those have the least scale that explains them.
 2. Others get the largest magnitude / 448, ``power_of_two`` rounded up to one that is no subnormal (``scale_fmt:
    ue8m0``, V3.1 on). A block of zeros, or of values so small that this is 0, has the scale 1.
 
-NaN becomes the code 0x7F, with its sign. Inf has no code: callers refuse it.
+NaN becomes the code 0x7F, with its sign, and its block's scale is one by 2. Inf has no code: the scale of its block is
+Inf, which callers refuse, and its codes mean nothing.
 """
 
 # Triton compiles functions that cannot carry annotations; everything else in this file does.
@@ -262,19 +269,62 @@ def _sampled(sample, inverse, FP8: tl.constexpr):
 
 
 @triton.jit
-def _interval(value, step_size, MANTISSA: tl.constexpr, LEAST: tl.constexpr):
-    """F32 values, their largest divided by a candidate -> codes as int32, and the scales that explain each, F64."""
-    size = tl.abs(value)
+def _half(size, MANTISSA: tl.constexpr, LEAST: tl.constexpr, BELOW: tl.constexpr):
+    """Half the last place of F32 values, not negative, in the dtype, F64; or of the numbers ``BELOW`` them."""
     bits = size.to(tl.int32, bitcast=True)
     exponent = tl.maximum(bits >> 23, LEAST)  # below it the dtype counts in equal steps
     half = ((exponent + (1023 - 127 - 1 - MANTISSA)).to(tl.int64) << 52).to(tl.float64, bitcast=True)
-    half_below = tl.where(((bits & 0x7FFFFF) == 0) & (exponent > LEAST), half * 0.5, half)
+    if BELOW:
+        half = tl.where(((bits & 0x7FFFFF) == 0) & (exponent > LEAST), half * 0.5, half)
+    return half
+
+
+@triton.jit
+def _interval(value, step_size, MANTISSA: tl.constexpr, LEAST: tl.constexpr):
+    """F32 values, their largest divided by a candidate -> codes as int32, and the scales that explain each, F64."""
+    size = tl.abs(value)
     code = _encode(tl.div_rn(value, step_size)) & 0x7F
     step = tl.where(code == 0, 1.0, _magnitude_of(code)).to(tl.float64)
     wide = size.to(tl.float64)
-    low = tl.where(code == 0, 0.0, (wide - half_below) / step)
-    high = tl.where(code == 0, 1e300, (wide + half) / step)
+    low = tl.where(code == 0, tl.where(size > 0.0, 1e301, 0.0), (wide - _half(size, MANTISSA, LEAST, True)) / step)
+    high = tl.where(code == 0, 1e300, (wide + _half(size, MANTISSA, LEAST, False)) / step)
     return code, low, high
+
+
+@triton.jit
+def _least(
+    start, inside_rows, inside_columns, columns, first, last,
+    MANTISSA: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The least scale that explains a block of those from ``first`` to ``last``, F32 bits; more where none does.
+
+    A value that a scale does not give back says from where on one can: where the code below, or the same one if what it
+    gives is too small, begins to. That is a lower bound, and no more than some places of F32 below.
+    """
+    row = tl.arange(0, PART)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    place = 0
+    good = 0  # rows, one after another and around, that this scale gives back
+    while (good < BLOCK) & (first <= last):
+        mask = (place + row < inside_rows) & (column < inside_columns)
+        size = tl.abs(tl.load(start + (place + row) * columns + column, mask=mask, other=0.0).to(tl.float32))
+        scale = first.to(tl.float32, bitcast=True)
+        code = _encode(tl.minimum(tl.div_rn(size, scale), 448.0))
+        back = _rounded(_magnitude_of(code) * scale, MANTISSA)
+        code = tl.where(back < size, code, code - 1)
+        step = tl.where(code > 0, _magnitude_of(code), 1.0).to(tl.float64)
+        below = (size.to(tl.float64) - _half(size, MANTISSA, LEAST, True)) * (1.0 - 2.0**-23)
+        if MANTISSA != 23:  # products are rounded to F32 first
+            below -= 2.0**-150
+        end = (below / step).to(tl.float32).to(tl.int32, bitcast=True)
+        end = tl.where(code > 0, tl.maximum(end, first + 2) - 1, 0x7F800000)
+        end = tl.where(back == size, 0, end)
+        following = tl.max(tl.max(end, axis=0), axis=0)
+        holds = following == 0
+        first = tl.where(holds, first, following)
+        good = tl.where(holds, good + PART, 0)
+        place = tl.where(holds, (place + PART) % BLOCK, place)
+    return first
 
 
 @triton.jit
@@ -302,8 +352,16 @@ def _explained_slowly(
         value = tl.load(start + (first + row) * columns + column, mask=mask, other=0.0).to(tl.float32)
         code = _encode(tl.div_rn(value, step_size)) & 0x7F
         back = _rounded(_magnitude_of(code) * explained, MANTISSA)
-        wrong = tl.where(((code == 0) != (value == 0.0)) | (back != tl.abs(value)), 1, wrong)
+        wrong = tl.where(back != tl.abs(value), 1, wrong)
     good = (tl.max(tl.max(wrong, axis=0), axis=0) == 0) & (low <= high)
+    if MANTISSA == 10:  # noqa: SIM102
+        if (low <= high) & (good == 0):
+            bits = explained.to(tl.int32, bitcast=True)
+            found = _least(
+                start, inside_rows, inside_columns, columns, bits - 1, bits + 1, MANTISSA, LEAST, BLOCK, PART
+            )
+            good = found <= bits + 1
+            explained = found.to(tl.float32, bitcast=True)
     return good, explained
 
 
@@ -319,12 +377,14 @@ def _quantize_kernel(
     (``PAIRS``: columns are even), and its scale comes of ``SAMPLE`` rows and the largest value: all values are only
     asked whether it gives them back, and the codes that this takes are the block's. That is exact:
 
-    - An interval's relative place depends on the 4 bits of a code's significand and the 8 of the value's, which is the
-      code times the scale, rounded. Where one scale gives all values back, codes of equal significands so have one
-      interval, and a sample with all eight has the block's. One without (few codes in use, say) is not relied on.
-    - An interval's end is a number of 10 bits by one of 4: two that differ do so by 2**-14, and F32 tells them apart.
-      Which one it is comes of the quotient in F32 and the significand, and the middle of two is then one division: it
-      is no closer than 2**-33 to where F32 rounds, unless it is exact, so that rounding in F64 first changes nothing.
+    - An interval's relative place and width depend on the 4 bits of a code's significand and the 8 of the value's,
+      which is the code times the scale, rounded. Where one scale gives all values back, codes of equal significands so
+      have one interval, and a sample with all eight has the block's. One without (few codes in use, say) is not
+      relied on.
+    - An interval's end is an odd number of 9 bits by one of 4: two that differ do so by 2**-13, and F32 tells them
+      apart. Which one it is comes of the quotient in F32 and the significand, and the middle of two is then one
+      division: it is no closer than 2**-33 to where F32 rounds, unless it is exact, so that rounding in F64 first
+      changes nothing.
     - A value's quotient by largest / candidate lies within 2**-7 of its code where any scale explains both, while half
       a step of E4M3 is 2**-5. So candidates by which a quotient is further away than 2**-6 are out at once, the
       quotient needs no exact division, and a value may be 2**-7 too large, as the first of a pair makes the second.
@@ -411,6 +471,13 @@ def _quantize_kernel(
                         scale = middle
                         tl.store(pair_target + pair_offset, each, mask=pair_inside, cache_modifier=".cs")
                         k = 8
+        if largest < (2.0**-14 if MANTISSA == 10 else 2.0**-108):
+            last = (largest * (2.0**-7 if MANTISSA == 10 else 512.0)).to(tl.int32, bitcast=True)
+            one = tl.full((), 1, tl.int32)
+            found = _least(start, inside_rows, inside_columns, columns, one, last, MANTISSA, LEAST, BLOCK, PART)
+            if found <= last:
+                scale = found.to(tl.float32, bitcast=True)
+            k = 8
         while k < 8:
             step_size = tl.div_rn(largest, _candidate(k))
             good, explained = _explained_slowly(
@@ -538,11 +605,14 @@ def require_matrix(values: torch.Tensor) -> None:
 
 
 def _plain(block: torch.Tensor, power_of_two: bool) -> torch.Tensor:
-    largest = torch.nan_to_num(block.float().abs(), nan=0.0).max()
+    largest = torch.nan_to_num(block.float().abs(), nan=0.0, posinf=torch.inf).max()
     scale = largest / LARGEST
     if not scale > 0:
         return torch.ones(())
-    return torch.exp2(torch.ceil(torch.log2(scale)).clamp(min=-126)) if power_of_two else scale
+    if not power_of_two or torch.isinf(scale):
+        return scale
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones(()), (exponent - (mantissa == 0.5).int()).clamp(min=-126))
 
 
 def _explained(block: torch.Tensor) -> torch.Tensor | None:
@@ -552,10 +622,10 @@ def _explained(block: torch.Tensor) -> torch.Tensor | None:
     largest = values.abs().max()
     if not torch.isfinite(largest) or not largest > 0:
         return None
-    exponent = ((values.view(torch.int32) >> 23) & 0xFF).clamp(min=_LEAST_EXPONENT[block.dtype])
-    half = torch.ldexp(torch.ones_like(magnitude), exponent - 128 - _MANTISSA_BITS[block.dtype])
-    power = (values.view(torch.int32) & 0x7FFFFF == 0) & (exponent > _LEAST_EXPONENT[block.dtype])
-    half_below = torch.where(power, half / 2, half)
+    half_float = block.dtype == torch.float16
+    if largest < (2.0**-14 if half_float else 2.0**-108):
+        return _least_scale(block, 1, _float_bits(largest * (2.0**-7 if half_float else 512)))
+    half, half_below = _half_places(block)
     for candidate in CANDIDATES:
         codes = decode_e4m3(encode_e4m3(values / (largest / candidate)))
         if bool(((codes == 0) != (values == 0)).any()):
@@ -564,6 +634,41 @@ def _explained(block: torch.Tensor) -> torch.Tensor | None:
         steps = codes[used].abs().double()
         low, high = ((magnitude - half_below)[used] / steps).max(), ((magnitude + half)[used] / steps).min()
         scale = ((low + high) / 2).float()
-        if bool(low <= high) and torch.equal((codes * scale).to(block.dtype), block):
+        if bool(low > high):
+            continue
+        if torch.equal((codes * scale).to(block.dtype), block):
             return scale
+        near = _least_scale(block, _float_bits(scale) - 1, _float_bits(scale) + 1) if half_float else None
+        if near is not None:
+            return near
     return None
+
+
+def _least_scale(block: torch.Tensor, first: int, last: int) -> torch.Tensor | None:
+    """The least scale that explains a block of those whose bits are ``first`` to ``last``."""
+    values, twice = block.float().abs(), 0.0 if block.dtype == torch.float32 else 2.0**-150
+    ends = (values.double() - _half_places(block)[1]) * (1 - 2.0**-23) - twice
+    while first <= last:
+        scale = torch.tensor(first, dtype=torch.int32).view(torch.float32)
+        codes = encode_e4m3((values / scale).clamp(max=LARGEST))
+        back = (decode_e4m3(codes) * scale).to(block.dtype).float()
+        missed = back != values
+        if not bool(missed.any()):
+            return scale
+        codes = torch.where(back < values, codes, codes - 1)[missed]
+        if bool((codes == 0).any()):
+            return None
+        first = max(first + 1, _float_bits((ends[missed] / decode_e4m3(codes).double()).float().max()) - 1)
+    return None
+
+
+def _half_places(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the last places of values, and of the numbers below them, F64."""
+    bits, least = block.float().view(torch.int32), _LEAST_EXPONENT[block.dtype]
+    exponent = ((bits >> 23) & 0xFF).clamp(min=least)
+    half = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 128 - _MANTISSA_BITS[block.dtype])
+    return half, torch.where((bits & 0x7FFFFF == 0) & (exponent > least), half / 2, half)
+
+
+def _float_bits(value: torch.Tensor) -> int:
+    return int(value.view(torch.int32))

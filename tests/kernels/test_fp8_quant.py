@@ -54,6 +54,38 @@ def all_codes_by_each_scale(count: int) -> torch.Tensor:
     return (codes.view(torch.float8_e4m3fn).float() * scales[:, None]).to(torch.bfloat16).view(1, -1)
 
 
+TWO_CODES_A_VALUE = {
+    torch.bfloat16: [(0x109B5, [104, 88, 87]), (0x1A7D, [120, 119, 117])],
+    torch.float16: [(0x3332A19A, [96, 95, 94])],
+}
+"""Scales and codes of blocks, subnormal numbers all: the nearest code to a value by largest / 448 is another."""
+
+
+def small_blocks(dtype: torch.dtype) -> torch.Tensor:
+    """[1, 128 * 96]: blocks of some codes, by scales with which values, or a scale shifted to them, are subnormal."""
+    generator = torch.Generator().manual_seed(15)
+    tops = torch.randint(1, 127, (96, 1), generator=generator)
+    spans = torch.randint(1, 127, (96, 1), generator=generator)
+    codes = (tops - torch.randint(0, 1 << 20, (96, 128), generator=generator) % spans).clamp(min=0).to(torch.uint8)
+    codes[::3, 3:] = 0
+    least, most = {torch.bfloat16: (-141, -118), torch.float16: (-31, -12), torch.float32: (-149, -117)}[dtype]
+    exponents = torch.randint(least, most, (96,), generator=generator)
+    scales = ((1 + torch.rand(96, generator=generator)).double() * 2.0 ** exponents.double()).float()
+    for i, (bits, few) in enumerate(TWO_CODES_A_VALUE.get(dtype, [])):
+        scales[-i - 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        codes[-i - 1] = torch.tensor(few * 64)[:128]
+    return dequantized(codes.view(1, -1), scales[None], dtype)
+
+
+def blocks_with_one_scale_beside_the_middle() -> torch.Tensor:
+    """F16 [1, 256]: subnormals among the values leave one point, no F32, of which but one neighbour explains all."""
+    codes = torch.zeros(2, 128, dtype=torch.uint8)
+    codes[:, :10] = torch.tensor([0x77, 3, 0x76, 0x75, 0x74, 0x73, 0x72, 0x71, 0x70, 0xF7])
+    scales = torch.tensor([0x3B7FAAAA, 0x3AFFAAAA], dtype=torch.int32).view(torch.float32)
+    codes[1, 1] = 6
+    return dequantized(codes.view(1, -1), scales[None], torch.float16)
+
+
 def dequantized(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: codes.shape[0], : codes.shape[1]]
     return (codes.view(torch.float8_e4m3fn).float() * each).to(dtype)
@@ -99,6 +131,27 @@ def test_whatever_the_scale_values_are_given_back() -> None:
     assert torch.equal(back.view(1, -1).view(torch.int16), values.view(torch.int16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_too_small_for_one_scale_each_are_given_back(dtype: torch.dtype) -> None:
+    values = small_blocks(dtype)
+    assert torch.equal(dequantized(*on_cpu(values, power_of_two=False), dtype), values)
+    assert_equals_the_reference(values[:, : 128 * 12].contiguous())
+
+
+def test_a_scale_beside_the_middle_is_found() -> None:
+    values = blocks_with_one_scale_beside_the_middle()
+    assert torch.equal(dequantized(*on_cpu(values, power_of_two=False), torch.float16), values)
+    assert_equals_the_reference(values)
+
+
+def test_the_scale_of_a_block_with_inf_is_inf() -> None:
+    values = torch.ones(1, 256)
+    values[0, 3] = -torch.inf
+    for power_of_two in (False, True):
+        assert on_cpu(values, power_of_two)[1][0, 0] == torch.inf
+        assert fp8_quant.quantize_reference(values, power_of_two=power_of_two)[1][0, 0] == torch.inf
+
+
 def test_other_values_are_rounded_to_the_nearest_code_of_the_largest_scale() -> None:
     values = cases(torch.bfloat16)[2]
     codes, scales = on_cpu(values, power_of_two=False)
@@ -113,6 +166,8 @@ def test_powers_of_two() -> None:
     exact = values[:128, :128].abs().max() / 448
     assert torch.equal(torch.frexp(scales).mantissa, torch.full_like(scales, 0.5))
     assert exact <= scales[0, 0] < 2 * exact
+    for above in (0.0, 2.0**-22, 2.0**-20):  # by which the logarithm is hardly larger
+        assert_equals_the_reference(torch.full((1, 1), 448 * 2.0**-20 * (1 + above)))
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -169,11 +224,12 @@ def test_shapes(shape: tuple[int, int]) -> None:
 
 def test_scales_below_the_least_of_f32_are_one() -> None:
     values = torch.zeros(2, 130)
-    values[0, 3], values[1, 129] = 2.0**-149, 2.0**-140
+    values[0, :24] = torch.arange(200, 224) * 2.0**-149  # more in an octave than there are codes
+    values[1, 129] = 2.0**-140
     codes, scales = on_cpu(values, power_of_two=False)
     assert scales[0, 0] == 1
     assert 0 < scales[0, 1] < 2**-147
-    assert torch.equal(codes != 0, values > 2.0**-149)
+    assert torch.equal(codes != 0, values == 2.0**-140)
     assert_equals_the_reference(values)
 
 
@@ -251,6 +307,9 @@ def check(values, name):
 for dtype in t.DTYPES:
     for i, values in enumerate(t.cases(dtype)):
         check(values, i)
+for dtype in (torch.float16, torch.float32):
+    check(t.small_blocks(dtype)[:, -256:].contiguous(), "small")
+check(t.blocks_with_one_scale_beside_the_middle(), "beside the middle")
 check(t.hard_blocks(torch.bfloat16, 136, 2.0**-60), "hard")  # subnormal BF16 is not converted rightly here
 check(t.blocks_of_each_candidate(), "candidates")
 check(t.from_fp8(torch.bfloat16, 130, 135), "odd width")
@@ -363,6 +422,9 @@ def test_blocks_that_a_sample_says_too_little_of(dtype: torch.dtype) -> None:
     values = hard_blocks(dtype, 1000)
     if dtype == torch.bfloat16:
         assert_equal_on_a_gpu(blocks_of_each_candidate())
+    if dtype == torch.float16:
+        assert_equal_on_a_gpu(blocks_with_one_scale_beside_the_middle())
+    assert_equal_on_a_gpu(small_blocks(dtype))
     assert_equal_on_a_gpu(values)
 
 
