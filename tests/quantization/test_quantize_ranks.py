@@ -14,7 +14,10 @@ import pytest
 from quantizing import small, weight_files, write_tokens
 from tiny import V3, write_tiny
 
-from weightkit.quantization import QuantizationReport
+from weightkit.errors import SpaceError
+from weightkit.layouts import open_checkpoint
+from weightkit.quantization import QuantizationReport, Settings, activations, job
+from weightkit.ranks.ranks import Ranks
 
 DRIVER = Path(__file__).with_name("quantize_driver.py")
 KINDS = ("experts", "all", "rtn")
@@ -122,3 +125,45 @@ def test_a_target_that_the_first_rank_refuses(folder: Path) -> None:
     assert codes == [1, 0]
     assert errors.count("Error: ") == 1
     assert "holds files that this would mix with or overwrite" in errors
+
+
+def test_a_target_that_the_system_refuses_the_first_rank(folder: Path) -> None:
+    """The others are told: NCCL, in which they would wait, does not notice that a rank has ended."""
+    codes, errors = command(folder, 2, folder / ("long" * 100), "--samples", 8)
+    assert codes == [1, 0]
+    assert errors.count("Error: ") == 1
+    assert "File name too long" in errors
+
+
+def test_a_dry_run_is_printed_once(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), "command", "2", "quantize", str(folder / "source"), str(folder / "dry"),
+         "--calibration", str(folder / "tokens.npy"), "--samples", "8", "--seq-len", "32", "--group-size", "16",
+         "--device", "cpu", "--dry-run"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("calibrated ") == 1
+    assert "2 ranks" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1]) == {"runs": [0, 0]}
+
+
+def test_ranks_of_a_machine_share_its_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"calibration": folder / "tokens.npy", "samples": 8, "seq_len": 32, "device": "cpu"}
+    checkpoint = open_checkpoint(folder / "source")
+
+    def needed() -> int:
+        calibrated = job.prepare(checkpoint, folder / "memory", Settings(group_size=16), **asked).calibrated  # type: ignore[arg-type]
+        assert calibrated is not None
+        return calibrated.memory.host
+
+    told = {"RANK": 2, "LOCAL_RANK": 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(Ranks, "join", lambda _: Ranks(2, 4))
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 64)
+    room = 4 * needed()
+    monkeypatch.setattr(job, "available_memory_bytes", lambda: room)
+    assert needed() == room // 4
+    monkeypatch.setattr(job, "available_memory_bytes", lambda: room - 4)
+    with pytest.raises(SpaceError, match="not enough host memory"):
+        needed()

@@ -174,7 +174,9 @@ def command(
     )
     if dry_run:
         cost = describe(job, force=force)
-        click.echo(json.dumps(cost.to_json()) if as_json else cost.render())
+        job.ranks.leave()
+        if job.ranks.rank == 0:
+            click.echo(json.dumps(cost.to_json()) if as_json else cost.render())
         return None
     outcome = carry_out(job, progress=not quiet, force=force)
     job.ranks.leave()

@@ -14,7 +14,7 @@ from weightkit.compute import Engine, open_engine
 from weightkit.errors import CalibrationError, SpaceError, UnsupportedError
 from weightkit.generation.tokenizer import Tokenizer
 from weightkit.layouts.declare import architecture_of
-from weightkit.machine import free_disk_bytes
+from weightkit.machine import available_memory_bytes, free_disk_bytes
 from weightkit.quantization.activations import sequences_a_batch
 from weightkit.quantization.calibration import Calibration, load_calibration
 from weightkit.quantization.memory import MemoryPlan, plan_memory
@@ -23,6 +23,7 @@ from weightkit.quantization.settings import Settings
 from weightkit.quantization.state import State
 from weightkit.quantization.token_arrays import unknown_id
 from weightkit.quantization.trial import try_solver
+from weightkit.ranks import World
 from weightkit.ranks.ranks import Ranks
 from weightkit.remote.address import title_of
 from weightkit.units import counted, exact_bytes, human_bytes
@@ -109,6 +110,8 @@ def prepare(
     if tokens is not None:
         count, length = tokens.tokens.shape
         sequences = _share(count, length, ranks)
+        if host_memory is None:
+            host_memory = available_memory_bytes() // World.of_environment().local_size
         memory = plan_memory(
             plan,
             sequences=len(sequences),

@@ -19,7 +19,7 @@ from weightkit.checkpoint import Reader, read_header
 from weightkit.checkpoint.checkpoint import stored_tensors
 from weightkit.compute.engines import cuda_errors
 from weightkit.durable import STATE_DIR, only_writer
-from weightkit.errors import FormatError, Interrupted, MissingFileError, SpaceError, WeightkitError, WriteError
+from weightkit.errors import FormatError, Interrupted, MissingFileError, SpaceError, WriteError
 from weightkit.model import Layer, Rope, Rotation
 from weightkit.model.checkpoint_weights import ROUTER
 from weightkit.model.loading import Loader
@@ -86,10 +86,11 @@ def carry_out(job: Job, *, progress: bool = True, force: bool = False) -> Outcom
     """
     started, outbox, is_first = time.monotonic(), Outbox(), job.ranks.rank == 0
     with ExitStack() as stack, torch.no_grad(), cuda_errors(job.device, fix=CONTINUE), _said_clearly(job):
-        run, refused = None, None
+        run: Run | None = None
+        refused: Exception | None = None
         try:
             run = _begun(job, outbox, stack, progress=progress, force=force) if is_first else None
-        except WeightkitError as exc:
+        except Exception as exc:
             refused = exc
         goes_on = job.ranks.everybodys(run is not None)[0]  # the others must not wait for a rank that has nothing to do
         if refused is not None:

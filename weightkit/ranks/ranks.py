@@ -25,7 +25,9 @@ JOIN_TIMEOUT_S = 600.0
 
 ANSWER_TIMEOUT_S = 1800.0
 """How long a rank waits in one exchange. Ranks that read their weights from a slow disk are minutes apart; where a
-process ends, the others learn it at once and do not wait for this."""
+process ends, the others learn it at once and do not wait for this. With NCCL torch then ends the process."""
+
+_NCCL_SAYS = "Last error:"
 
 
 class Ranks:
@@ -45,20 +47,26 @@ class Ranks:
 
         Raises:
             RankError: not all of them came.
+            DeviceError: GPUs that do not get what others send.
         """
         world = World.of_environment()
         if world.size == 1:
             return cls()
         if not dist.is_initialized():
             _initialize(world, "nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        ranks = cls(dist.get_rank(), dist.get_world_size())
+        if device.type == "cuda":
+            ranks._connect(device)
+        return ranks
 
     def move_to(self, device: torch.device) -> None:
         """Exchange tensors on ``device`` from now on; every rank must call it. For those that joined on the CPU, before
-        it was known that all have their GPUs."""
+        it was known that all have their GPUs. Raises ``DeviceError`` for GPUs that do not get what others send."""
         if self.size > 1 and device.type == "cuda":
+            atexit.unregister(_leave_at_exit)
             with _answered("starting NCCL"):
                 self._group = dist.new_group(backend="nccl", timeout=timedelta(seconds=ANSWER_TIMEOUT_S))
+            self._connect(device)
 
     @staticmethod
     def device(name: str) -> torch.device:
@@ -102,26 +110,22 @@ class Ranks:
         arrived = [outgoing[0].new_empty((count, outgoing[0].shape[1])) for count in incoming]
         arrived[self.rank] = outgoing[self.rank]
         others = [rank for rank in range(self.size) if rank != self.rank]
-        group = self._group
-        wanted = [
-            dist.P2POp(dist.isend, outgoing[rank].contiguous(), rank, group) for rank in others if len(outgoing[rank])
-        ]
-        wanted += [dist.P2POp(dist.irecv, arrived[rank], rank, group) for rank in others if incoming[rank]]
+        wanted = [self._to(rank, outgoing[rank].contiguous()) for rank in others if len(outgoing[rank])]
+        wanted += [self._from(rank, arrived[rank]) for rank in others if incoming[rank]]
         with _answered("exchanging rows"):
-            for work in dist.batch_isend_irecv(wanted) if wanted else []:
-                work.wait()
+            _carry(wanted)
         return arrived
 
     def in_turn(self, total: torch.Tensor, add: Callable[[torch.Tensor], None]) -> None:
         """Add to ``total``, zeros at first, with every rank's ``add`` in the order of ranks; all ranks then hold it."""
         if self.rank > 0:
             with _answered("receiving a sum"):
-                dist.recv(total, self.rank - 1, group=self._group)
+                _carry([self._from(self.rank - 1, total)])
         add(total)
         if self.size > 1:
             with _answered("passing a sum on"):
                 if self.rank + 1 < self.size:
-                    dist.send(total, self.rank + 1, group=self._group)
+                    _carry([self._to(self.rank + 1, total)])
                 dist.broadcast(total, self.size - 1, group=self._group)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -160,13 +164,45 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
-            with _answered("waiting for all"):
-                dist.barrier()
+            with _answered("waiting for all"):  # torch's barrier would open a GPU, also for ranks that work on the CPU
+                dist.all_gather_object([None] * self.size, None)
 
     def leave(self) -> None:
         """End it, once all have done their work: nothing can be sent any more."""
         if self.size > 1:
             dist.destroy_process_group()
+
+    def _connect(self, device: torch.device) -> None:
+        """Exchange a number in each way. NCCL makes connections at the first exchange of a kind, and takes memory for
+        them: so it has, before anybody measures what is free. And what does not work is known before the work begins.
+        """
+        with _answered("starting NCCL"):
+            mine = torch.full((1, 1), float(self.rank), device=device)
+            arrived = [self.broadcast(mine.clone()), self.sum(mine.clone())]
+            arrived += self.exchange([mine] * self.size, [1] * self.size)
+            found = torch.cat(arrived).flatten().tolist()
+        expected = [0.0, float(sum(range(self.size))), *map(float, range(self.size))]
+        if found != expected:
+            raise DeviceError(
+                "the GPUs do not get what others send",
+                where=device,
+                expected=expected,
+                found=found,
+                fix="Try NCCL_P2P_DISABLE=1: an IOMMU or PCI ACS may be in the way of what GPUs write to each other.",
+            )
+
+    def _to(self, rank: int, tensor: torch.Tensor) -> dist.P2POp:
+        return dist.P2POp(dist.isend, tensor, rank, self._group)
+
+    def _from(self, rank: int, tensor: torch.Tensor) -> dist.P2POp:
+        return dist.P2POp(dist.irecv, tensor, rank, self._group)
+
+
+def _carry(wanted: list[dist.P2POp]) -> None:
+    """Send and receive. Even one tensor goes as a batch: NCCL otherwise makes another communicator for each pair of
+    ranks, with memory of its own."""
+    for work in dist.batch_isend_irecv(wanted) if wanted else []:
+        work.wait()
 
 
 def _initialize(world: World, backend: str) -> None:
@@ -178,11 +214,12 @@ def _initialize(world: World, backend: str) -> None:
         patience = timedelta(seconds=ANSWER_TIMEOUT_S)
         store.set_timeout(patience)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=patience)
-        atexit.register(_leave_at_exit)
+        if backend == "gloo":
+            atexit.register(_leave_at_exit)
     except (RuntimeError, ValueError) as exc:
         waited = human_seconds(time.monotonic() - started)
         raise RankError(
-            f"the ranks did not come together within {waited} ({_first_line(exc)})",
+            f"the ranks did not come together within {waited} ({_said(exc)})",
             where=world,
             expected=f"{world.size} ranks at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
             fix="Start torchrun on every node with the same --nnodes, --nproc-per-node and --rdzv-endpoint.",
@@ -191,22 +228,26 @@ def _initialize(world: World, backend: str) -> None:
 
 def _leave_at_exit() -> None:
     """gloo's threads, if they are left to run while Python ends, abort the process now and then, and with it torchrun.
-    With GPUs, those of a group that others have left may have to be waited for, which only torch itself does rightly.
+    Not with NCCL: a group that others have left may have to be waited for, which only torch itself does rightly.
     """
-    if dist.is_initialized() and not torch.cuda.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
 def _answered(doing: str) -> Iterator[None]:
-    """What torch.distributed raises where a rank is gone, as what it is."""
+    """What torch.distributed raises where a rank is gone, as what it is. What this rank's own GPU failed with, which an
+    exchange may be the first to hear, stays what it is."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as exc:
-        raise RankError(f"another rank is gone or does not answer (while {doing}: {_first_line(exc)})") from exc
+        own = not isinstance(exc, dist.DistError) and "CUDA error" in str(exc)
+        if own or isinstance(exc, torch.OutOfMemoryError):
+            raise
+        raise RankError(f"another rank is gone or does not answer (while {doing}: {_said(exc)})") from exc
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _said(error: Exception) -> str:
+    """In a line. What NCCL itself says comes last, after where in torch's source it was heard."""
+    lines = str(error).strip().split("\n")
+    return lines[lines.index(_NCCL_SAYS) + 1] if _NCCL_SAYS in lines[:-1] else lines[0]
