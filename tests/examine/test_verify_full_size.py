@@ -15,8 +15,9 @@ from weightkit.family import Architecture, blueprint
 FILES = 163
 
 
-@pytest.fixture
-def deepseek_v3(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("v3")
     config = {**manifests.load("deepseek-v3").config, "architectures": ["DeepseekV3ForCausalLM"]}
     records = list(blueprint(Architecture.from_config(config)).values())
     share = -(-len(records) // FILES)
@@ -25,15 +26,15 @@ def deepseek_v3(tmp_path: Path) -> Path:
         part = records[number * share : (number + 1) * share]
         name = f"model-{number + 1:05}-of-{FILES:06}.safetensors"
         header = build_header([(item.name, item.dtype, item.shape) for item in part], {"format": "pt"})
-        with (tmp_path / name).open("wb") as file:
+        with (folder / name).open("wb") as file:
             file.write(header)
             file.truncate(len(header) + sum(item.size_bytes for item in part))
         weight_map |= {item.name: name for item in part}
     total = sum(item.size_bytes for item in records)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.mark.slow
@@ -45,8 +46,10 @@ def test_quick_verify_of_all_headers_takes_seconds(deepseek_v3: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_missing_file_of_163_is_one_problem(deepseek_v3: Path) -> None:
-    (deepseek_v3 / "model-00042-of-000163.safetensors").unlink()
+def test_one_missing_file_of_163_is_one_problem(deepseek_v3: Path, tmp_path: Path) -> None:
+    missing = deepseek_v3 / "model-00042-of-000163.safetensors"
+    elsewhere = missing.rename(tmp_path / missing.name)
     report = wk.verify(deepseek_v3, quick=True, progress=False)
+    elsewhere.rename(missing)
     assert len(report.problems) == 1
     assert len(report.render().splitlines()) < 15

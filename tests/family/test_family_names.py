@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from family_configs import SMALL, V2_LITE, V3, V32
+from family_configs import SMALL, V2_LITE, V32
 
 from weightkit.errors import CheckpointError
 from weightkit.family import Architecture, blueprint, rename_expert, to_demo, to_published
@@ -46,8 +46,9 @@ def test_a_name_and_back(published: str, demo: str) -> None:
     assert to_published(demo) == published
 
 
-@pytest.mark.parametrize("config", [V3, V2_LITE, V32, SMALL], ids=["V3", "V2-Lite", "V3.2", "small"])
+@pytest.mark.parametrize("config", [V2_LITE, V32, SMALL], ids=["V2-Lite", "V3.2", "small"])
 def test_round_trip_over_a_whole_blueprint(config: dict[str, Any]) -> None:
+    """V3.2 has every name that V3 has."""
     names = list(blueprint(Architecture.from_config(config)))
     demo = [to_demo(name) for name in names]
     assert len(set(demo)) == len(names)

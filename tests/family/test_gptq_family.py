@@ -47,6 +47,8 @@ EXPERTS: dict[str, Any] = {
 }
 ALL: dict[str, Any] = {**EXPERTS, "dynamic": {}}
 NO_MTP = {**V3, "num_nextn_predict_layers": 0}
+#: V3's widths, and one layer of experts.
+FOUR_LAYERS = {**NO_MTP, "num_hidden_layers": 4}
 #: SMALL with widths that fill words of 8, and groups that divide them.
 SMALL_8 = {**SMALL, "moe_intermediate_size": 136, "intermediate_size": 304, "num_nextn_predict_layers": 0}
 
@@ -274,7 +276,8 @@ def test_the_four_tensors_of_v3s_experts() -> None:
 
 def test_totals_of_v3_in_int4() -> None:
     """By hand: an expert is three weights of 7168 x 2048 codes, each with 114,688 scales and zeros and a g_idx."""
-    found = totals(records_of(EXPERTS).values())
+    records = records_of(EXPERTS).values()
+    found = totals(records)
     experts = 58 * 257
     codes, scales, indices = 3 * 7168 * 2048, 3 * 56 * 2048, 2 * 7168 + 2048
     assert found.elements["I32"] == experts * (codes // 8 + scales // 8 + indices)
@@ -289,20 +292,21 @@ def test_totals_of_v3_in_int4() -> None:
     # the same, worked out
     assert expert_bytes == 22_945_792
     assert found.size_bytes == 371_156_639_744
-    assert sum(record.parameters for record in records_of(EXPERTS).values()) == 671_026_419_200
+    assert sum(record.parameters for record in records) == 671_026_419_200
 
 
 def test_all_of_v3_is_smaller() -> None:
-    found = totals(records_of({**ALL, "dynamic": {}}).values())
+    records = records_of(ALL).values()
+    found = totals(records)
     attention = 1536 * 7168 + 128 * 192 * 1536 + 576 * 7168 + 128 * 256 * 512 + 7168 * 128 * 128
     weights = 61 * attention + 3 * 3 * 18432 * 7168 + 58 * 257 * 3 * 7168 * 2048
     assert found.elements["F16"] == weights // 128
-    assert sum(record.parameters for record in records_of(ALL).values()) == 671_026_419_200
+    assert sum(record.parameters for record in records) == 671_026_419_200
 
 
 @pytest.mark.parametrize(("group_size", "groups", "bits"), [(-1, 1, 4), (32, 224, 4), (64, 112, 8), (5000, 2, 8)])
 def test_groups_and_bits(group_size: int, groups: int, bits: int) -> None:
-    records = records_of({**EXPERTS, "group_size": group_size, "bits": bits})
+    records = records_of({**EXPERTS, "group_size": group_size, "bits": bits}, FOUR_LAYERS)
     name = "model.layers.3.mlp.experts.0.gate_proj"
     assert records[f"{name}.qweight"].shape == (7168 * bits // 32, 2048)
     assert records[f"{name}.qzeros"].shape == (groups, 2048 * bits // 32)
@@ -310,7 +314,7 @@ def test_groups_and_bits(group_size: int, groups: int, bits: int) -> None:
 
 
 def test_one_group_for_all_columns_belongs_to_every_rank() -> None:
-    records = records_of({**EXPERTS, "group_size": -1})
+    records = records_of({**EXPERTS, "group_size": -1}, FOUR_LAYERS)
     name = "model.layers.3.mlp.shared_experts.down_proj"
     leaves = ("qweight", "qzeros", "scales", "g_idx")
     assert [records[f"{name}.{leaf}"].split_dim for leaf in leaves] == [0, None, None, 0]

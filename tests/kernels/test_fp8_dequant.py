@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from itertools import product
 from types import ModuleType
 
 import numpy as np
@@ -138,16 +139,15 @@ def test_shapes(kernels: ModuleType, device: torch.device, shape: tuple[int, int
     assert_same_bits(bits_of(found), expected_bits(operands, "BF16"), "BF16")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "change",
+    ("change", "dtype"),
     [
-        {},
-        {"rows": 128, "col_blocks": 1},
-        {"rows": 1, "col_blocks": 16},
-        {"wide_loads": True},
-        {"streaming": True},
-        {"hardware_rounding": False},
+        *product(({}, {"hardware_rounding": False}), DTYPES),
+        # of outputs of two bytes and of four
+        *product(
+            ({"rows": 128, "col_blocks": 1}, {"rows": 1, "col_blocks": 16}, {"wide_loads": True}, {"streaming": True}),
+            ("BF16", "F32"),
+        ),
     ],
     ids=str,
 )

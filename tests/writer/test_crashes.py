@@ -51,7 +51,7 @@ def test_kill_9_at_random_times(kind: str, kills: int, moderate: Path, tmp_path:
         assert tree(tmp_path / f"killed-{number}") == expected
 
 
-@pytest.mark.parametrize(("kind", "first", "stride"), [("strip", 1, 5), ("cast", 2, 9)])
+@pytest.mark.parametrize(("kind", "first", "stride"), [("strip", 1, 5), ("cast", 2, 13)])
 def test_death_at_every_kind_of_step(kind: str, first: int, stride: int, tmp_path: Path) -> None:
     """Before or after each write, sync, rename and removal, and again in the run that continues."""
     small: Tiny = replace(V3, layers=2, experts=4, top_k=1, moe=256, hidden=256)

@@ -22,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain, pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -248,7 +249,7 @@ def layer_records(arch: Architecture, layer: int) -> Iterator[Expected]:
 def _expand(arch: Architecture, templates: Iterable[_Template], layer: int, *, mtp: bool) -> Iterator[Expected]:
     """Records of a layer from templates; a quantized weight is followed by what belongs to it."""
     prefix = f"model.layers.{layer}."
-    quantization = arch.quantization
+    quantization, block = arch.quantization, None if arch.quantization is None else arch.quantization.block_size
     for template in templates:
         suffix, shape, role, split_dim, expert, quantized, dtype, optional, others = template
         name = prefix + suffix
@@ -256,22 +257,14 @@ def _expand(arch: Architecture, templates: Iterable[_Template], layer: int, *, m
             if quantization.is_gptq:
                 yield from _gptq_records(quantization, name, template, layer, mtp=mtp)
                 continue
-            if quantization.block_size is not None:
-                yield from _fp8_records(quantization.block_size, name, template, layer, mtp=mtp)
+            if block is not None:
+                scale, blocks = f"{name}_scale_inv", (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+                yield Expected(name, "F8_E4M3", shape, role, layer, expert, scale, None, split_dim, optional, mtp)
+                yield Expected(scale, "F32", blocks, role, layer, expert, None, name, split_dim, optional, mtp)
                 continue
         yield Expected(
             name, dtype or arch.dtype, shape, role, layer, expert, None, None, split_dim, optional, mtp, others
         )
-
-
-def _fp8_records(
-    block: tuple[int, int], name: str, template: _Template, layer: int, *, mtp: bool
-) -> Iterator[Expected]:
-    shape, role, split_dim, expert = template.shape, template.role, template.split_dim, template.expert
-    scale = f"{name}_scale_inv"
-    yield Expected(name, "F8_E4M3", shape, role, layer, expert, scale, None, split_dim, template.optional, mtp)
-    blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-    yield Expected(scale, "F32", blocks, role, layer, expert, None, name, split_dim, template.optional, mtp)
 
 
 def _gptq_records(
@@ -391,13 +384,22 @@ def _moe_templates(arch: Architecture) -> list[_Template]:
         name, moonlight = "mlp.gate.e_score_correction_bias", _is_moonlight(arch)
         dtype, others = (arch.dtype, ("F32",)) if moonlight else ("F32", ())
         found.append(_Template(name, (experts,), Role.ROUTER_BIAS, dtype=dtype, other_dtypes=others))
-    for expert in range(experts):
-        path = f"mlp.experts.{expert}"
-        found += _mlp_templates(path, hidden, width, Role.ROUTED_EXPERT, split=False, expert=expert)
+    found += _expert_templates(hidden, width, experts)
     if arch.n_shared_experts:
         shared = width * arch.n_shared_experts
         found += _mlp_templates("mlp.shared_experts", hidden, shared, Role.SHARED_EXPERT, split=True)
     return found
+
+
+@lru_cache(maxsize=1)
+def _expert_templates(hidden: int, width: int, experts: int) -> tuple[_Template, ...]:
+    """Of all routed experts; kept, because every layer has as many."""
+    role = Role.ROUTED_EXPERT
+    each = (
+        _mlp_templates(f"mlp.experts.{expert}", hidden, width, role, split=False, expert=expert)
+        for expert in range(experts)
+    )
+    return tuple(chain.from_iterable(each))
 
 
 def _norm_templates(arch: Architecture) -> list[_Template]:
