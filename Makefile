@@ -9,7 +9,7 @@ demo: $(VENV)/.package
 	$(RUN)/weightkit demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 3 tests
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 3 tests
 
 lint: $(VENV)/.test
 	$(RUN)/ruff check .

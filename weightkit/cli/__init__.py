@@ -17,7 +17,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:  # it would answer a Ctrl-C with a traceback out of an import
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.set_threshold(50_000, 20, 100)  # plans are some 100,000 objects that stay: looking at them took a fifth of the time
+    gc.set_threshold(50_000, 20, 100)  # plans are 100,000 objects that stay: looking at them took a fifth of the time
     from weightkit.cli import app
 
     if ours:
