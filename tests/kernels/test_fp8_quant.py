@@ -16,7 +16,7 @@ import torch
 from gemm_cases import compiled
 
 from weightkit.errors import PlanError
-from weightkit.kernels import fp8_quant
+from weightkit.kernels import fp8_quant, fp8_quant_reference
 from weightkit.kernels.fp8_quant_cpu import quantize_cpu
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -111,10 +111,10 @@ def cases(dtype: torch.dtype) -> list[torch.Tensor]:
 def test_every_code_and_many_values_are_encoded_as_torch_does() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F]
-    assert torch.equal(fp8_quant.encode_e4m3(fp8_quant.decode_e4m3(codes)), codes)
+    assert torch.equal(fp8_quant_reference.encode_e4m3(fp8_quant_reference.decode_e4m3(codes)), codes)
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
     values = (values * torch.exp(3 * torch.randn(200_000))).clamp(-448, 448)
-    assert torch.equal(fp8_quant.encode_e4m3(values), values.to(torch.float8_e4m3fn).view(torch.uint8))
+    assert torch.equal(fp8_quant_reference.encode_e4m3(values), values.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,7 +149,7 @@ def test_the_scale_of_a_block_with_inf_is_inf() -> None:
     values[0, 3] = -torch.inf
     for power_of_two in (False, True):
         assert on_cpu(values, power_of_two)[1][0, 0] == torch.inf
-        assert fp8_quant.quantize_reference(values, power_of_two=power_of_two)[1][0, 0] == torch.inf
+        assert fp8_quant_reference.quantize_reference(values, power_of_two=power_of_two)[1][0, 0] == torch.inf
 
 
 def test_other_values_are_rounded_to_the_nearest_code_of_the_largest_scale() -> None:
@@ -175,7 +175,7 @@ def test_powers_of_two() -> None:
 def test_the_compiled_loop_equals_the_reference(dtype: torch.dtype, power_of_two: bool) -> None:
     for values in cases(dtype):
         codes, scales = on_cpu(values, power_of_two)
-        expected_codes, expected_scales = fp8_quant.quantize_reference(values, power_of_two=power_of_two)
+        expected_codes, expected_scales = fp8_quant_reference.quantize_reference(values, power_of_two=power_of_two)
         assert torch.equal(codes, expected_codes)
         assert torch.equal(scales, expected_scales)
 
@@ -183,7 +183,7 @@ def test_the_compiled_loop_equals_the_reference(dtype: torch.dtype, power_of_two
 def assert_equals_the_reference(values: torch.Tensor) -> None:
     for power_of_two in (False, True):
         codes, scales = on_cpu(values, power_of_two)
-        expected_codes, expected_scales = fp8_quant.quantize_reference(values, power_of_two=power_of_two)
+        expected_codes, expected_scales = fp8_quant_reference.quantize_reference(values, power_of_two=power_of_two)
         assert torch.equal(scales, expected_scales)
         assert torch.equal(codes, expected_codes)
 
@@ -202,7 +202,7 @@ def test_every_finite_pattern(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_near_ties_of_the_codes(dtype: torch.dtype) -> None:
-    codes = fp8_quant.decode_e4m3(torch.arange(127, dtype=torch.uint8))
+    codes = fp8_quant_reference.decode_e4m3(torch.arange(127, dtype=torch.uint8))
     between = (codes[1:] + codes[:-1]) / 2
     generator = torch.Generator().manual_seed(6)
     for exponent in (-140, -20, -3):
@@ -280,11 +280,11 @@ def blocks_of_each_candidate() -> torch.Tensor:
     """BF16 blocks of codes with each of the eight significands as the largest, zeros of both signs, small codes."""
     generator = torch.Generator().manual_seed(12)
     blocks = []
-    for candidate in fp8_quant.CANDIDATES:
+    for candidate in fp8_quant_reference.CANDIDATES:
         codes = torch.randint(0, 0x7E, (128, 128), dtype=torch.uint8, generator=generator)
         codes[3:] %= 0x28  # subnormal codes among them, and zeros
-        codes = torch.where(fp8_quant.decode_e4m3(codes) > candidate, codes - 8, codes)
-        codes[0, 0] = fp8_quant.encode_e4m3(torch.tensor([candidate]))
+        codes = torch.where(fp8_quant_reference.decode_e4m3(codes) > candidate, codes - 8, codes)
+        codes[0, 0] = fp8_quant_reference.encode_e4m3(torch.tensor([candidate]))
         codes |= torch.randint(0, 2, (128, 128), dtype=torch.uint8, generator=generator) << 7
         scale = torch.rand(1, 1, generator=generator) * 0.01 + 1e-4
         blocks.append(dequantized(codes, scale, torch.bfloat16))
@@ -366,8 +366,10 @@ def test_a_scale_that_gives_a_value_back_gives_its_code() -> None:
     generator = torch.Generator().manual_seed(13)
     mantissas = torch.cat([torch.randint(0, 1 << 23, (4000,), generator=generator), torch.arange(-40, 40) % (1 << 23)])
     scales = ((117 << 23) + mantissas).to(torch.int32).view(torch.float32)[:, None]
-    values = (fp8_quant.decode_e4m3(codes) * scales).to(torch.bfloat16).float()
-    assert torch.equal(fp8_quant.encode_e4m3((values / scales).clamp(-448, 448)), codes.expand(len(scales), -1))
+    values = (fp8_quant_reference.decode_e4m3(codes) * scales).to(torch.bfloat16).float()
+    assert torch.equal(
+        fp8_quant_reference.encode_e4m3((values / scales).clamp(-448, 448)), codes.expand(len(scales), -1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -382,7 +384,7 @@ def test_it_compiles_without_a_gpu(capability: int, dtype: torch.dtype, power_of
     brain, fp8 = dtype == torch.bfloat16, capability >= 89
     constants: dict[str, object] = {
         **fp8_quant._OPTIONS,
-        "MANTISSA": fp8_quant._MANTISSA_BITS[dtype], "LEAST": fp8_quant._LEAST_EXPONENT[dtype],
+        "MANTISSA": fp8_quant.MANTISSA_BITS[dtype], "LEAST": fp8_quant.LEAST_EXPONENT[dtype],
         "POWER_OF_TWO": power_of_two, "PAIRS": brain, "FP8": fp8, "BLOCK": 128, "PART": 4,
     }  # fmt: skip
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]

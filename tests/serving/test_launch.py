@@ -274,6 +274,15 @@ def test_a_config_that_is_not_true_of_the_tensors(tmp_path: Path) -> None:
     assert any("the config and the tensors disagree on FP8" in message for message in problems("vllm", path))
 
 
+def test_exceptions_of_fp8_that_part_a_fused_layer(tmp_path: Path) -> None:
+    path = checkpoint_at(tmp_path / "mixed", FP8)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["model.layers.1.self_attn.q_a_proj"]
+    (path / "config.json").write_text(json.dumps(config))
+    for engine, found in (("vllm", 1), ("sglang", 1), ("lmdeploy", 0)):
+        assert sum("its parts are not all alike" in message for message in problems(engine, path)) == found
+
+
 def test_a_missing_tensor_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
     path = checkpoint_at(tmp_path / "holes", BF16)
     config = json.loads((path / "config.json").read_text())

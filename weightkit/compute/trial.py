@@ -107,7 +107,7 @@ def _floats(dtype: str) -> Bytes:
 def _came_from_fp8(rows: int, columns: int) -> Bytes:
     """BF16 of FP8 codes, with a scale a block, and another largest code, 448 to 240, in each of eight side by side.
 
-    A kernel takes what it finds for one block for the next one's, if it is translated wrongly: so no two are alike.
+    A kernel that is translated wrongly may be right about some scales: so no two blocks are alike.
     """
     random = np.random.default_rng(1)
     codes = np.resize(random.permutation(np.arange(PATTERN) % 256).astype(np.uint8), (rows, columns))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightkit.errors import SpaceError
-from weightkit.machine import available_memory_bytes
 from weightkit.model.attention import PREFILL_SIZE_BYTES
 from weightkit.model.memory import free_memory_bytes
 from weightkit.quantization.activations import sequences_a_batch
@@ -50,12 +49,13 @@ def plan_memory(
     seq_len: int,
     device: torch.device,
     gpu_memory: int | None,
-    host_memory: int | None,
+    host_memory: int,
 ) -> MemoryPlan:
     """Decide where the activations of ``sequences`` of ``seq_len`` tokens lie.
 
     Args:
-        gpu_memory, host_memory: most that may be used, in bytes; None for what is free.
+        gpu_memory: most that may be used, in bytes; None for what is free.
+        host_memory: most that may be used, in bytes.
 
     Raises:
         SpaceError: not enough of either; says the least that works.
@@ -67,18 +67,16 @@ def plan_memory(
     host = plan.largest_layer_bytes + AHEAD * _largest_weight_bytes(plan)
     if device.type != "cuda":
         total = activations + working + host
-        room = available_memory_bytes() if host_memory is None else host_memory
-        if total > room:
-            raise _too_little("host memory", "--host-memory", total, room)
-        return MemoryPlan(True, activations, working, max(0, room - total) // 2, total)
+        if total > host_memory:
+            raise _too_little("host memory", "--host-memory", total, host_memory)
+        return MemoryPlan(True, activations, working, max(0, host_memory - total) // 2, total)
     room = (free_memory_bytes(device) if gpu_memory is None else gpu_memory) - SPARE_BYTES
     if working > room:
         raise _too_little("GPU memory", "--gpu-memory", working + SPARE_BYTES, room + SPARE_BYTES)
     on_device = activations + working <= room
     host += 0 if on_device else activations
-    host_room = available_memory_bytes() if host_memory is None else host_memory
-    if host > host_room:
-        raise _too_little("host memory", "--host-memory", host, host_room)
+    if host > host_memory:
+        raise _too_little("host memory", "--host-memory", host, host_memory)
     kept = max(0, room - working - (activations if on_device else 0))
     return MemoryPlan(on_device, activations, working, kept, host)
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from math import ceil
 
 from weightkit.errors import printable
+from weightkit.remote.path import is_remote
 from weightkit.sizing.memory import STEP_TOKENS
 from weightkit.sizing.plan import FormatPlan, Placement, SizingPlan
 from weightkit.sizing.routes import MEASURED_ON, MOE_LAYER_S, Route
@@ -180,6 +181,8 @@ def _notes(plan: SizingPlan) -> list[str]:
             "experts and their width;",
             "its disk holds two snapshots of the activations beside the result.",
         ]
+    if plan.path is not None and is_remote(plan.path):
+        notes.append("Files of the source pass through the disk a few at a time (--spool), which is not counted.")
     for found in plan.formats:
         notes += [f"{found.name}: {printable(problem)}" for problem in _first_problems(found)]
         for engine, reasons in found.obstacles.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from weightkit import manifests
 from weightkit.family import Architecture, legal_mp
@@ -28,8 +28,8 @@ class Route:
         reads_bytes: from files, as the command's dry run counts them, or, of ``fetch`` and from an address, from the
             network. What ranks share is read by each; a disk is spared what the page cache keeps of it.
         writes_bytes: to the disk, what stays there.
-        disk_bytes: most that lies on the disk at once: source, unless it has an address, result, and what is kept for a
-            resume.
+        disk_bytes: most that lies on the disk at once: source, result, and what is kept for a resume. Not files of a
+            source at an address, a few of which pass through the disk at a time (``--spool``).
         wall_s: at the speeds that were assumed. A disk's speed is shared by what is read and what is written.
         bound_by: ``network``, ``disk`` or ``computing``, whichever takes longest; they go on side by side.
         projected: whether the time follows from a measurement on another model, not from the speeds alone.
@@ -58,8 +58,10 @@ class _Place:
 
     def time(self, reads: int, writes: int) -> tuple[float, str]:
         """Seconds of moving bytes, and what bounds it."""
-        if not self.is_remote:
-            return (reads + writes) / self.disk, "disk"
+        return self.fetch(reads, writes) if self.is_remote else ((reads + writes) / self.disk, "disk")
+
+    def fetch(self, reads: int, writes: int) -> tuple[float, str]:
+        """The same, over the network."""
         return max((reads / self.network, "network"), (writes / self.disk, "disk"), key=lambda each: each[0])
 
 
@@ -98,8 +100,7 @@ def _routes(source: Source, own: Weights, made: _Made, gpus: int, place: _Place)
     strips = main < data
     suffix = " --no-mtp" if strips else ""
     if source.published:
-        fetched = replace(place, is_remote=True).time(place.held, place.held)
-        yield Route("fetch", place.held, place.held, place.held, *fetched)
+        yield Route("fetch", place.held, place.held, place.held, *place.fetch(place.held, place.held))
     if strips:
         yield place.convert("strip", main, main)
     for name, (form, result) in made.items():
