@@ -42,7 +42,7 @@ ORDER = (
     ("manifests.pico.questions",),
     ("manifests", "manifests.pico.architecture"),
     ("checkpoint",),
-    ("durable", "machine", "progress", "remote", "units"),
+    ("direct_io", "durable", "machine", "progress", "remote", "units"),
     ("errors", "version"),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -50,6 +50,7 @@ def graph_seconds(launch: Callable[[], object], repeats: int = 15, bursts: int =
     """Median seconds of a replay of what ``launch`` puts on the stream, in bursts a moment apart: all replays of one
     may fall into something that the machine does for some milliseconds."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be writing what is launched on
     with torch.cuda.stream(stream):
         launch()  # compiles
     torch.cuda.synchronize()
@@ -102,6 +103,14 @@ def copy_ceiling() -> float:
     return 2 * size_bytes / eager_seconds(lambda: target.copy_(source)) * 1e-9
 
 
+def resized_rate(source: torch.dtype, target: torch.dtype) -> float:
+    """GB/s at which torch turns integers into ones of another size: the traffic of a kernel of ours, and nothing to
+    compute."""
+    values = torch.empty(STACK * 2048 * 7168, dtype=source, device="cuda").fill_(1)
+    out = torch.empty(values.shape, dtype=target, device="cuda")
+    return values.numel() * 3 / eager_seconds(lambda: out.copy_(values)) * 1e-9
+
+
 def stacked_rate(
     weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, config: TileConfig = DEFAULT_CONFIG
 ) -> float:
@@ -116,6 +125,8 @@ def bench_gpu(peer: Peer | None) -> Rows:
     def add(name: str, rate: float) -> None:
         rows.append((name, rate, rate / ceiling))
 
+    add("torch: 8 bits to 16", resized_rate(torch.uint8, torch.int16))
+    add("torch: 16 bits to 8", resized_rate(torch.int16, torch.uint8))
     for shape in EXPERT_SHAPES:
         name = f"{shape[0]}x{shape[1]}"
         weight, scale = random_stack(STACK, *shape)

@@ -3,12 +3,14 @@
     python tests/benchmarks/plain_io.py SRC DST READ_BYTES WRITE_BYTES [--threads N] [--direct]
 
 A thread reads a piece of 8 MiB into a buffer that it keeps, then writes from it so many bytes as keep input and output
-in step. ``--direct`` writes with O_DIRECT into space that was reserved (fallocate), else through the page cache.
+in step. Buffers lie in huge pages, where there are any. ``--direct`` writes with O_DIRECT into space that was reserved
+(fallocate), else through the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import mmap
 import os
 import threading
@@ -17,6 +19,7 @@ from pathlib import Path
 
 PIECE_BYTES = 8 << 20
 ALIGNMENT = 4096
+HUGE_PAGE_BYTES = 2 << 20
 
 
 def main() -> None:
@@ -52,7 +55,7 @@ def main() -> None:
         if args.direct:
             os.posix_fallocate(output, 0, max(1, args.write_bytes // args.threads))
         largest = -(-int(PIECE_BYTES * max(1.0, ratio)) // ALIGNMENT) * ALIGNMENT
-        buffer = memoryview(mmap.mmap(-1, largest))
+        buffer = aligned(largest)
         owed, written = 0.0, 0
         while True:
             piece = next_piece()
@@ -74,6 +77,13 @@ def main() -> None:
 
     with ThreadPoolExecutor(args.threads) as pool:
         list(pool.map(work, range(args.threads)))
+
+
+def aligned(size: int) -> memoryview:
+    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE_BYTES
+    return memoryview(memory)[start : start + size]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import threading
@@ -18,10 +17,9 @@ import numpy as np
 
 from weightkit.checkpoint.reading import Bytes, Reader
 from weightkit.checkpoint.stamp import Stamp
+from weightkit.direct_io import ALIGNMENT, O_DIRECT, direct_buffer
 from weightkit.remote.address import is_address
 
-#: Offsets, lengths and memory of direct reads are multiples of this.
-ALIGNMENT = 4096
 #: One read; from 4 MB on larger ones gain nothing.
 PIECE_BYTES = 4 << 20
 #: Shorter reads, such as rows of an embedding, go through the page cache.
@@ -115,7 +113,7 @@ class DirectReader(Reader):
         """This thread's aligned buffer."""
         held: Bytes | None = getattr(self._pieces, "buffer", None)
         if held is None:
-            held = self._pieces.buffer = np.frombuffer(mmap.mmap(-1, PIECE_BYTES), np.uint8)
+            held = self._pieces.buffer = direct_buffer(PIECE_BYTES)
         return held
 
 
@@ -179,10 +177,10 @@ def _read_somewhere(
 
 
 def _open_direct(path: str) -> int | None:
-    if not hasattr(os, "O_DIRECT"):
+    if not O_DIRECT:
         return None
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
     except OSError:
         return None
 

@@ -6,7 +6,6 @@ Written as the writer does: reserved space, O_DIRECT where the filesystem has it
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import secrets
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from weightkit.direct_io import O_DIRECT, direct_buffer, use_page_cache
 from weightkit.durable import FULL, SLACK_BYTES, no_space
 from weightkit.errors import SpaceError, WriteError
 from weightkit.machine import free_disk_bytes
@@ -29,7 +29,6 @@ PIECE_BYTES = 4 << 20
 MOST_BYTES = 4 << 30
 FREE_SHARE = 1 / 4
 LEAST_PIECES = 4
-_O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +114,9 @@ class _Scratch:
     """A file without a name, of ``size`` bytes, and aligned buffers."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        self.size, self.direct = size, bool(_O_DIRECT)
+        self.size, self.direct = size, bool(O_DIRECT)
         self._file = _open_nameless(folder)
-        self._out, self._in = _buffer(), _buffer()
+        self._out, self._in = direct_buffer(PIECE_BYTES), direct_buffer(PIECE_BYTES)
         self._out[:] = np.frombuffer(secrets.token_bytes(1 << 16) * (PIECE_BYTES >> 16), np.uint8)
         self._written = self._position = 0
         try:
@@ -158,14 +157,9 @@ class _Scratch:
             except OSError as exc:
                 if exc.errno != errno.EINVAL or not self.direct:
                     raise
-                self._use_page_cache()
+                use_page_cache(self._file)
+                self.direct = False
         self._written = max(self._written, PIECE_BYTES)
-
-    def _use_page_cache(self) -> None:
-        import fcntl
-
-        fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~_O_DIRECT)
-        self.direct = False
 
 
 @contextmanager
@@ -185,8 +179,8 @@ def _open_nameless(folder: Path) -> int:
     flags = os.O_RDWR | os.O_CLOEXEC
     attempts: list[Callable[[], int]] = []
     if hasattr(os, "O_TMPFILE"):
-        attempts.append(lambda: os.open(folder, flags | os.O_TMPFILE | _O_DIRECT, 0o600))
-    attempts += [lambda: _open_unlinked(folder, flags | _O_DIRECT), lambda: _open_unlinked(folder, flags)]
+        attempts.append(lambda: os.open(folder, flags | os.O_TMPFILE | O_DIRECT, 0o600))
+    attempts += [lambda: _open_unlinked(folder, flags | O_DIRECT), lambda: _open_unlinked(folder, flags)]
     for attempt in attempts[:-1]:
         with suppress(OSError):
             return attempt()
@@ -199,7 +193,3 @@ def _open_unlinked(folder: Path, flags: int) -> int:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
     finally:
         path.unlink(missing_ok=True)
-
-
-def _buffer() -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return np.frombuffer(mmap.mmap(-1, PIECE_BYTES), np.uint8)  # page-aligned, as O_DIRECT needs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import mmap
 import os
 import queue
 import threading
@@ -15,14 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from weightkit.checkpoint.reading import Bytes
+from weightkit.direct_io import ALIGNMENT, O_DIRECT, direct_buffer, is_direct, use_page_cache
 from weightkit.durable import FULL, no_space
 
 #: 256 KB to 4 MB wrote fastest, 16 MB slower; a resumed write continues at a multiple of it.
 BUFFER_BYTES = 4 << 20
 BUFFERS = 4
-#: What O_DIRECT wants lengths, offsets and addresses to be a multiple of, on any filesystem that has it.
-ALIGNMENT = 4096
-_O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class AppendStream:
@@ -45,9 +42,8 @@ class AppendStream:
         self._digest = digest or hashlib.sha256()
         self._file = _open_for_writing(path)
         self._failure: BaseException | None = None
-        self._memory = mmap.mmap(-1, BUFFER_BYTES * BUFFERS)  # page-aligned, as O_DIRECT needs
         self._unpin: Callable[[], None] | None = None
-        self._whole = whole = np.frombuffer(self._memory, np.uint8)
+        self._whole = whole = direct_buffer(BUFFER_BYTES * BUFFERS)
         self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         for number in range(BUFFERS):
             self._free.put(whole[number * BUFFER_BYTES : (number + 1) * BUFFER_BYTES])
@@ -173,8 +169,8 @@ class AppendStream:
         whole = block.count // ALIGNMENT * ALIGNMENT
         self._write(block.buffer[:whole], block.offset)
         if whole < block.count:  # the end of the file
-            if _is_direct(self._file):
-                _set_buffered(self._file)
+            if is_direct(self._file):
+                use_page_cache(self._file)
             self._write(block.buffer[whole : block.count], block.offset + whole)
 
     def _write(self, data: Bytes, offset: int) -> None:
@@ -183,9 +179,9 @@ class AppendStream:
             try:
                 done += os.pwrite(self._file, view[done:], offset + done)
             except OSError as exc:
-                if exc.errno != errno.EINVAL or not _is_direct(self._file):
+                if exc.errno != errno.EINVAL or not is_direct(self._file):
                     raise
-                _set_buffered(self._file)
+                use_page_cache(self._file)
 
 
 class _Block:
@@ -202,23 +198,11 @@ class _Block:
 def _open_for_writing(path: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, flags | _O_DIRECT, 0o666)
+        return os.open(path, flags | O_DIRECT, 0o666)
     except OSError as exc:
         if exc.errno != errno.EINVAL:
             raise
         return os.open(path, flags, 0o666)  # tmpfs and some network filesystems
-
-
-def _is_direct(file: int) -> bool:
-    import fcntl
-
-    return bool(fcntl.fcntl(file, fcntl.F_GETFL) & _O_DIRECT)
-
-
-def _set_buffered(file: int) -> None:
-    import fcntl
-
-    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~_O_DIRECT)
 
 
 def _reserve(file: int, size_bytes: int, path: Path) -> None:
