@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,35 @@ def test_any_appends(tmp_path: Path, sizes: list[int], resumed: int, by_fill: bo
     assert stream.finish() == sha256(data.tobytes())
     assert path.read_bytes() == data.tobytes()
     assert new == len(data) - resume_at
+
+
+def test_a_filesystem_that_takes_no_direct_writes_after_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All writes in work find it out at once, and go on through the page cache."""
+    together = threading.Barrier(streaming.WRITES)
+    met = threading.local()
+    refused = []
+
+    def pwrite(file: int, data: memoryview, offset: int) -> int:
+        if not getattr(met, "others", False):
+            met.others = True
+            direct = streaming.is_direct(file)
+            together.wait(60)
+            if direct:
+                refused.append(offset)
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return write(file, data, offset)
+
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    data = content(8 * BUFFER + 100)
+    stream = AppendStream(tmp_path / "out", len(data))
+    if not streaming.is_direct(stream._file):
+        stream.close()
+        pytest.skip("no direct writes here")
+    stream.append(data)
+    assert stream.finish() == sha256(data.tobytes())
+    assert (tmp_path / "out").read_bytes() == data.tobytes()
+    assert sorted(refused) == [number * BUFFER for number in range(streaming.WRITES)]
 
 
 def test_what_is_durable(tmp_path: Path) -> None:
