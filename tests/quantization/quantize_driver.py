@@ -266,6 +266,7 @@ def main() -> None:
         source, tokens, target = map(Path, arguments)
         found = killed_ranks(source, tokens, target)
     elif mode == "rank":
+        layer.HELD_TOKENS = 1 << 20  # all inputs of an expert, while the other modes exchange them again
         source, tokens, target = map(Path, arguments)
         found = {"reports": each_kind(source, tokens, target)}
     else:

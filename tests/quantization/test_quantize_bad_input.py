@@ -20,7 +20,7 @@ from tiny import V3_BF16, V3_INT4, Tiny, write_safetensors, write_tiny
 
 from weightkit.errors import CalibrationError, Interrupted, PlanError, Problems, SpaceError
 from weightkit.layouts import open_checkpoint
-from weightkit.quantization import Settings, job, load_calibration
+from weightkit.quantization import Settings, job, load_calibration, memory
 from weightkit.quantization import run as running
 from weightkit.quantization.activations import Activations
 from weightkit.quantization.memory import MemoryPlan, plan_memory
@@ -257,15 +257,15 @@ def test_the_least_host_memory_works(folder: Path, refused: Callable[..., str]) 
     assert weight_files(folder / "out") == weight_files(folder / "roomy")
 
 
-def test_the_least_gpu_memory_works(folder: Path) -> None:
+def test_the_least_gpu_memory_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan for a GPU, which needs none: at the least the activations lie in host memory, with more on it."""
     write_tiny(folder / "source", SMALL)
     checkpoint = open_checkpoint(folder / "source")
     plan = plan_quantization(checkpoint, folder / "out", Settings(group_size=16), calibration="x", version="0")
 
-    def planned(gpu: int, host: int) -> MemoryPlan:
+    def planned(gpu: int, host: int, ranks: int = 1) -> MemoryPlan:
         return plan_memory(
-            plan, sequences=64, seq_len=4096, device=torch.device("cuda"), gpu_memory=gpu, host_memory=host
+            plan, sequences=64, seq_len=4096, device=torch.device("cuda"), gpu_memory=gpu, host_memory=host, ranks=ranks
         )
 
     with pytest.raises(SpaceError, match="not enough GPU memory") as caught:
@@ -286,6 +286,14 @@ def test_the_least_gpu_memory_works(folder: Path) -> None:
     assert high.on_device
     assert high.host == host - activations
     assert planned(gpu + activations + 1000, host).kept == 1000
+    monkeypatch.setattr(memory, "PREFILL_SIZE_BYTES", 0)
+    needed = []
+    for ranks in (1, 8, 64):
+        with pytest.raises(SpaceError, match="not enough GPU memory") as caught:
+            planned(1, host, ranks)
+        needed.append(least(caught.value))
+    assert needed[0] < needed[1]
+    assert needed[2] - needed[1] == 56 * 65_536 * 64 * 2  # ranks may have to send each other 64 Ki inputs of an expert
 
 
 class Elsewhere(Activations):

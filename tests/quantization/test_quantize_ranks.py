@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from quantizing import small, weight_files, write_tokens
 from tiny import V3, write_tiny
 
 from weightkit.errors import SpaceError
 from weightkit.layouts import open_checkpoint
 from weightkit.quantization import QuantizationReport, Settings, activations, job
+from weightkit.quantization.layer import _parts
 from weightkit.ranks.ranks import Ranks
 
 DRIVER = Path(__file__).with_name("quantize_driver.py")
@@ -69,6 +72,22 @@ def test_two_ranks_under_torchrun(folder: Path) -> None:
     for kind in KINDS:
         assert weight_files(folder / "2" / kind) == weight_files(folder / "1" / kind)
         same_report(folder / "2" / kind, folder / "1" / kind)
+
+
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=4), step=st.integers(1, 12))
+def test_steps_through_what_several_have(counts: list[int], step: int) -> None:
+    """Together and in their order they are all that there is, each step but the last as long as it may be."""
+    owned = [[(rank, number) for number in range(count)] for rank, count in enumerate(counts)]
+    steps = [
+        [
+            thing
+            for things, part in zip(owned, _parts(counts, first, first + step), strict=True)
+            for thing in things[part]
+        ]
+        for first in range(0, sum(counts), step)
+    ]
+    assert [thing for taken in steps for thing in taken] == [thing for things in owned for thing in things]
+    assert all(len(taken) == step for taken in steps[:-1])
 
 
 def same_report(ours: Path, theirs: Path) -> None:

@@ -119,6 +119,7 @@ def prepare(
             device=where,
             gpu_memory=gpu_memory,
             host_memory=host_memory,
+            ranks=ranks.size,
         )
         calibrated = Calibrated(tokens, memory, sequences)
     name = title or title_of(checkpoint.root.resolve())

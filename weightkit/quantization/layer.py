@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 
@@ -175,6 +176,9 @@ class LayerQuantizer:
             mine, packed = first + self.ranks.rank, None
             if mine in chosen:
                 packed = self._gated(moe.expert(mine), chunks, self.tokens_by_expert[mine], together=False)
+            else:  # the others are sent what this rank has for them, as often as ``_gated`` asks for it
+                for _ in range(2):
+                    list(chunks())
             names = moe.expert(first).names
             for number, parts in zip(chosen, self._everybodys(names, packed), strict=False):
                 self._replace(moe.expert(number).names, parts)
@@ -199,13 +203,30 @@ class LayerQuantizer:
                 return lambda: map(gather, parts)
             held = [gather(part) for part in parts]
             return lambda: iter(held)
-        outgoing = [gather(dispatch.rows(number)) for number in chosen]
-        outgoing += [outgoing[0][:0]] * (self.ranks.size - len(chosen))
-        mine = chosen[0] + self.ranks.rank
-        incoming = [row[mine] if mine in chosen else 0 for row in counts]
-        with self.clock.stage("exchange"):
-            arrived = torch.cat(self.ranks.exchange(outgoing, incoming))
-        return lambda: iter(arrived.split(CHUNK_TOKENS))
+        received = [sum(row[number] for row in counts) for number in chosen]
+        sent = [sum(row[number] for number in chosen) for row in counts]
+        exchanged = partial(self._exchanged, lambda number, part: gather(dispatch.rows(number)[part]), chosen, counts)
+        if max(*received, *sent) > HELD_TOKENS:
+            return lambda: exchanged(CHUNK_TOKENS)
+        held = [part for arrived in exchanged(HELD_TOKENS) for part in arrived.split(CHUNK_TOKENS)]
+        return lambda: iter(held)
+
+    def _exchanged(
+        self, gather: Callable[[int, slice], torch.Tensor], chosen: range, counts: Sequence[Sequence[int]], step: int
+    ) -> Iterator[torch.Tensor]:
+        """The inputs of this rank's expert from all ranks, in their order, ``step`` of each expert's at a time. All
+        ranks take as many steps."""
+        rank, size = self.ranks.rank, self.ranks.size
+        for first in range(0, max(sum(row[number] for row in counts) for number in chosen), step):
+            parts = [_parts([row[number] for row in counts], first, first + step) for number in chosen]
+            outgoing = [gather(number, part[rank]) for number, part in zip(chosen, parts, strict=True)]
+            outgoing += [outgoing[0][:0]] * (size - len(chosen))
+            incoming = [part.stop - part.start for part in parts[rank]] if rank < len(chosen) else [0] * size
+            with self.clock.stage("exchange"):
+                arrived = torch.cat(self.ranks.exchange(outgoing, incoming))
+            del outgoing
+            if len(arrived):
+                yield arrived
 
     def _gated(self, mlp: GatedMLP, inputs: Chunks, tokens: int, *, together: bool) -> list[Packed]:
         """Quantize gate and up, which share their input, and then down, which sees what these two make of it."""
@@ -280,3 +301,12 @@ class LayerQuantizer:
             if self.ranks.rank == 0:
                 for key, tensor in part.stored(name.removesuffix(".weight")):
                     self.outbox.put(key, tensor)
+
+
+def _parts(counts: Sequence[int], first: int, last: int) -> list[slice]:
+    """From ``first`` to ``last`` of all things in a row, of which each rank has so many, as a part of each one's."""
+    ends = list(accumulate(counts))
+    return [
+        slice(min(max(first - end + count, 0), count), min(max(last - end + count, 0), count))
+        for end, count in zip(ends, counts, strict=True)
+    ]

@@ -11,7 +11,7 @@ from weightkit.errors import SpaceError
 from weightkit.model.attention import PREFILL_SIZE_BYTES
 from weightkit.model.memory import free_memory_bytes
 from weightkit.quantization.activations import sequences_a_batch
-from weightkit.quantization.layer import HELD_TOKENS
+from weightkit.quantization.layer import CHUNK_TOKENS, HELD_TOKENS
 from weightkit.units import human_bytes
 
 if TYPE_CHECKING:
@@ -50,12 +50,15 @@ def plan_memory(
     device: torch.device,
     gpu_memory: int | None,
     host_memory: int,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Decide where the activations of ``sequences`` of ``seq_len`` tokens lie.
 
     Args:
+        sequences: this rank's.
         gpu_memory: most that may be used, in bytes; None for what is free.
         host_memory: most that may be used, in bytes.
+        ranks: that work on it, and send each other the inputs of experts.
 
     Raises:
         SpaceError: not enough of either; says the least that works.
@@ -63,7 +66,7 @@ def plan_memory(
     itemsize = 2 if device.type == "cuda" else 4
     activations = sequences * seq_len * plan.arch.hidden_size * itemsize
     batch = min(sequences, sequences_a_batch(seq_len)) * seq_len
-    working = _working_bytes(plan, batch, sequences * seq_len, itemsize)
+    working = _working_bytes(plan, batch, sequences * seq_len, itemsize, ranks)
     host = plan.largest_layer_bytes + AHEAD * _largest_weight_bytes(plan)
     if device.type != "cuda":
         total = activations + working + host
@@ -95,7 +98,7 @@ def _largest_weight_bytes(plan: QuantizationPlan) -> int:
     return max((4 * rows * columns for rows, columns in plan.shapes.values()), default=0)
 
 
-def _working_bytes(plan: QuantizationPlan, batch: int, tokens: int, itemsize: int) -> int:
+def _working_bytes(plan: QuantizationPlan, batch: int, tokens: int, itemsize: int, ranks: int) -> int:
     """A layer's weights, packed and not, and the largest of: attention, a batch through the experts, one solution."""
     arch = plan.arch
     hidden, widest = arch.hidden_size, max((max(shape) for shape in plan.shapes.values()), default=0)
@@ -103,8 +106,11 @@ def _working_bytes(plan: QuantizationPlan, batch: int, tokens: int, itemsize: in
     attention = PREFILL_SIZE_BYTES + 3 * batch * hidden * itemsize
     experts = batch * (hidden * (4 * itemsize + 8) + 2 * inner * itemsize)
     columns = max((shape[1] for shape in plan.shapes.values()), default=0)
-    held = min(tokens, HELD_TOKENS)
+    held = min(tokens * ranks, HELD_TOKENS)
+    inputs = held * (hidden + 3 * arch.moe_intermediate_size)
+    if ranks > 1:  # what is sent, what arrives, and that in one piece; all may want a step's inputs from one rank
+        inputs = max(inputs, hidden * max(3 * held, (ranks + 2) * min(held, CHUNK_TOKENS)))
     largest = _largest_weight_bytes(plan)
-    solving = held * (hidden + 3 * arch.moe_intermediate_size) * itemsize + 5 * 4 * columns**2 + 16 * largest
+    solving = inputs * itemsize + 5 * 4 * columns**2 + 16 * largest
     unquantized = 2 * arch.hidden_size * (4 * widest + arch.n_routed_experts) * itemsize
     return plan.largest_layer_bytes + unquantized + AHEAD * largest + max(attention, experts, solving)
