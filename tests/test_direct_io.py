@@ -41,8 +41,9 @@ def test_a_large_buffer_asks_for_huge_pages(size_bytes: int) -> None:
     assert buffer.ctypes.data % HUGE_PAGE_BYTES == 0
     assert not buffer.any()
     buffer[:] = 1
-    mapping = mapping_of(buffer.ctypes.data)
-    flags = mapping["VmFlags:"].split()
+    flags = mapping_of(buffer.ctypes.data).get("VmFlags:", "").split() if SMAPS.exists() else []
+    if not flags:
+        pytest.skip("the kernel does not say what it knows of memory")
     assert "sh" not in flags
     if Path("/sys/kernel/mm/transparent_hugepage").exists():
         assert "hg" in flags

@@ -263,9 +263,16 @@ def test_the_least_gpu_memory_works(folder: Path, monkeypatch: pytest.MonkeyPatc
     checkpoint = open_checkpoint(folder / "source")
     plan = plan_quantization(checkpoint, folder / "out", Settings(group_size=16), calibration="x", version="0")
 
-    def planned(gpu: int, host: int, ranks: int = 1) -> MemoryPlan:
+    def planned(gpu: int, host: int, ranks: int = 1, sequences: int = 64) -> MemoryPlan:
         return plan_memory(
-            plan, sequences=64, seq_len=4096, device=torch.device("cuda"), gpu_memory=gpu, host_memory=host, ranks=ranks
+            plan,
+            sequences=64,
+            seq_len=4096,
+            device=torch.device("cuda"),
+            gpu_memory=gpu,
+            host_memory=host,
+            ranks=ranks,
+            all_sequences=sequences,
         )
 
     with pytest.raises(SpaceError, match="not enough GPU memory") as caught:
@@ -287,13 +294,16 @@ def test_the_least_gpu_memory_works(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert high.host == host - activations
     assert planned(gpu + activations + 1000, host).kept == 1000
     monkeypatch.setattr(memory, "PREFILL_SIZE_BYTES", 0)
-    needed = []
-    for ranks in (1, 8, 64):
+
+    def needed(ranks: int, sequences: int) -> int:
         with pytest.raises(SpaceError, match="not enough GPU memory") as caught:
-            planned(1, host, ranks)
-        needed.append(least(caught.value))
-    assert needed[0] < needed[1]
-    assert needed[2] - needed[1] == 56 * 65_536 * 64 * 2  # ranks may have to send each other 64 Ki inputs of an expert
+            planned(1, host, ranks, sequences)
+        return least(caught.value)
+
+    an_input = 64 * 2
+    assert needed(64, 4096) - needed(8, 512) == 56 * 65_536 * an_input  # to send: of each expert, 64 Ki inputs at most
+    assert needed(64, 4096) == needed(64, 16)
+    assert needed(64, 16) - needed(64, 15) == 66 * 4096 * an_input  # it is no more than there is
 
 
 class Elsewhere(Activations):

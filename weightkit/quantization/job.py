@@ -120,6 +120,7 @@ def prepare(
             gpu_memory=gpu_memory,
             host_memory=host_memory,
             ranks=ranks.size,
+            all_sequences=count,
         )
         calibrated = Calibrated(tokens, memory, sequences)
     name = title or title_of(checkpoint.root.resolve())

@@ -179,6 +179,7 @@ class LayerQuantizer:
             else:  # the others are sent what this rank has for them, as often as ``_gated`` asks for it
                 for _ in range(2):
                     list(chunks())
+            del chunks  # what it holds, before the next inputs arrive
             names = moe.expert(first).names
             for number, parts in zip(chosen, self._everybodys(names, packed), strict=False):
                 self._replace(moe.expert(number).names, parts)

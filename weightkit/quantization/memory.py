@@ -51,6 +51,7 @@ def plan_memory(
     gpu_memory: int | None,
     host_memory: int,
     ranks: int = 1,
+    all_sequences: int | None = None,
 ) -> MemoryPlan:
     """Decide where the activations of ``sequences`` of ``seq_len`` tokens lie.
 
@@ -59,6 +60,7 @@ def plan_memory(
         gpu_memory: most that may be used, in bytes; None for what is free.
         host_memory: most that may be used, in bytes.
         ranks: that work on it, and send each other the inputs of experts.
+        all_sequences: of all ranks, where these are several.
 
     Raises:
         SpaceError: not enough of either; says the least that works.
@@ -66,7 +68,7 @@ def plan_memory(
     itemsize = 2 if device.type == "cuda" else 4
     activations = sequences * seq_len * plan.arch.hidden_size * itemsize
     batch = min(sequences, sequences_a_batch(seq_len)) * seq_len
-    working = _working_bytes(plan, batch, sequences * seq_len, itemsize, ranks)
+    working = _working_bytes(plan, batch, (all_sequences or sequences) * seq_len, itemsize, ranks)
     host = plan.largest_layer_bytes + AHEAD * _largest_weight_bytes(plan)
     if device.type != "cuda":
         total = activations + working + host
@@ -106,7 +108,7 @@ def _working_bytes(plan: QuantizationPlan, batch: int, tokens: int, itemsize: in
     attention = PREFILL_SIZE_BYTES + 3 * batch * hidden * itemsize
     experts = batch * (hidden * (4 * itemsize + 8) + 2 * inner * itemsize)
     columns = max((shape[1] for shape in plan.shapes.values()), default=0)
-    held = min(tokens * ranks, HELD_TOKENS)
+    held = min(tokens, HELD_TOKENS)
     inputs = held * (hidden + 3 * arch.moe_intermediate_size)
     if ranks > 1:  # what is sent, what arrives, and that in one piece; all may want a step's inputs from one rank
         inputs = max(inputs, hidden * max(3 * held, (ranks + 2) * min(held, CHUNK_TOKENS)))
