@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
+from typing import IO
 
 import click
 import pytest
@@ -189,16 +190,31 @@ def test_a_folder_that_may_not_be_entered_is_an_error_and_no_wrong_call(folder: 
     folder.chmod(0o755)
 
 
-def test_a_full_output_is_an_error_without_a_traceback(folder: Path) -> None:
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""Python then tries once more at its exit to write what it could not."""
+
+
+def output_to(stdout: IO[str] | int, folder: Path, *options: str) -> tuple[int, str]:
+    """The exit code and standard error of a command."""
+    command = [sys.executable, "-m", "weightkit", "verify", str(folder), *options]
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=BUFFERED)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_full_output_is_an_error_without_a_traceback(options: tuple[str, ...], folder: Path) -> None:
     with Path("/dev/full").open("w") as full:
-        for json_too in ((), ("--json",)):
-            done = subprocess.run(
-                [sys.executable, "-m", "weightkit", "verify", str(folder), *json_too],
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            assert (done.returncode, done.stderr) == (1, "Error: No space left on device.\n")
+        assert output_to(full, folder, *options) == (1, "Error: No space left on device.\n")
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_an_output_that_nobody_reads_ends_the_command_without_a_word(options: tuple[str, ...], folder: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        assert output_to(write, folder, *options) == (1, "")
+    finally:
+        os.close(write)
 
 
 def test_where_a_fetched_folder_comes_from_is_one_line(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -63,6 +64,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         code = _run(sys.argv[1:] if args is None else args)
     finally:
         _leave_to_signals()
+        _drop_unsaid()
     sys.exit(code)
 
 
@@ -80,8 +82,7 @@ def _run(arguments: list[str]) -> int:
         _say(str(exc) or "Stopped.", arguments)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone: nothing to say, and nobody to say it to
-        return 1
+        return 1  # the reader of our output is gone: nothing to say, and nobody to say it to
     except Exception as exc:
         if "--debug" in arguments:
             raise
@@ -99,6 +100,17 @@ def _leave_to_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _drop_unsaid() -> None:
+    """What could not be printed. Python would try again at its exit, say so, and end with a code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def _message(error: Exception) -> str:
