@@ -98,7 +98,7 @@ class DirectReader(Reader):
         self._open(path)  # checks the stamp
         with self._direct_lock:
             if path not in self._direct:
-                self._direct[path] = _open_direct(path)
+                self._direct[path] = open_direct(path)
             return self._direct[path]
 
     def _give_up(self, path: str) -> None:
@@ -176,7 +176,7 @@ def _read_somewhere(
     reader.read_range(paths[which], offset, out)
 
 
-def _open_direct(path: str) -> int | None:
+def open_direct(path: str) -> int | None:
     if not O_DIRECT:
         return None
     try:

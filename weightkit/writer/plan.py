@@ -90,6 +90,11 @@ class Plan:
         return sum(map(size_bytes, {part for tensor in tensors for part in stored_parts(tensor)}))
 
     @property
+    def reads_once(self) -> bool:
+        """Whether the outputs share no bytes of the source, or next to none."""
+        return self.bytes_read <= 1.02 * self.source_bytes
+
+    @property
     def computed(self) -> list[LazyTensor]:
         """The tensors that are converted; the rest is copied."""
         return [tensor for file in self.files for tensor in file.computed]

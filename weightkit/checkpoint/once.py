@@ -1,0 +1,183 @@
+"""Going through large files once: what the page cache does not hold already is read past it, ahead of its use."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from weightkit.checkpoint.direct import SMALLEST_BYTES, open_direct
+from weightkit.checkpoint.reading import Bytes, Reader
+from weightkit.checkpoint.stamp import Stamp
+from weightkit.direct_io import ALIGNMENT, direct_buffer
+from weightkit.remote.address import is_address
+
+#: One read, and what is read ahead.
+PIECE_BYTES = 4 << 20
+#: A read that begins no further on than this goes on with the one before it.
+GAP_BYTES = 1 << 20
+#: What a thread that reads takes.
+BUFFERS_BYTES = 2 * PIECE_BYTES
+#: Of a file, what the page cache must hold for it to be read from there.
+CACHED_SHARE = 0.5
+
+
+class OnceReader(Reader):
+    """A ``Reader`` for files that are read once, from front to back: neither do they take the page cache from others,
+    nor the kernel's time for it.
+
+    Files on a local disk alone are read so. Of others, and of those that lie in the page cache, all is left to the
+    kernel, and so are short reads.
+    """
+
+    def __init__(
+        self,
+        stamps: Mapping[str, Stamp] | None = None,
+        *,
+        ahead_bytes: int = 0,
+        stop: threading.Event | None = None,
+    ) -> None:
+        super().__init__(stamps, ahead_bytes=ahead_bytes, stop=stop)
+        self._direct: dict[str, int | None] = {}
+        self._opened: list[int] = []
+        self._direct_lock = threading.Lock()
+        self._runs = threading.local()
+        self._all_runs: list[_Run] = []
+
+    def close(self) -> None:
+        for run in self._all_runs:
+            run.close()
+        for file in self._opened:
+            os.close(file)
+        self._opened.clear()
+        self._direct.clear()
+        super().close()
+
+    def read_range(self, path: str, offset: int, out: Bytes) -> None:
+        """See ``Reader.read_range``."""
+        file = None if len(out) < SMALLEST_BYTES or is_address(path) else self._direct_file(path)
+        done = 0
+        if file is not None:
+            try:
+                done = self._run().read(file, offset, out)
+            except OSError:
+                self._direct[path] = None  # by those who come; its descriptor stays open for others in the middle
+        if done < len(out):  # the rest: no direct reads here, or the file ends early, which the plain read says clearly
+            super().read_range(path, offset + done, out[done:])
+        with self._lock:
+            self.bytes_read += done
+
+    def _direct_file(self, path: str) -> int | None:
+        if path in self._direct:
+            return self._direct[path]
+        plain = self._open(path)  # checks the stamp
+        with self._direct_lock:
+            if path not in self._direct:
+                worth = _is_on_a_disk(plain) and cached_share(plain) < CACHED_SHARE
+                file = self._direct[path] = open_direct(path) if worth else None
+                if file is not None:
+                    self._opened.append(file)
+            return self._direct[path]
+
+    def _run(self) -> _Run:
+        """This thread's."""
+        run: _Run | None = getattr(self._runs, "run", None)
+        if run is None:
+            run = self._runs.run = _Run()
+            with self._direct_lock:
+                self._all_runs.append(run)
+        return run
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """``count`` bytes of an open file from ``start`` on, a multiple of the alignment."""
+
+    file: int
+    start: int
+    count: int
+    buffer: Bytes
+
+    def covers(self, file: int, offset: int) -> bool:
+        return file == self.file and self.start <= offset < self.start + self.count
+
+    def goes_on(self, file: int, offset: int) -> bool:
+        return file == self.file and 0 <= offset - (self.start + self.count) <= GAP_BYTES
+
+
+class _Run:
+    """One thread's reads. Where they follow each other, the next piece is read while one is used."""
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="weightkit-ahead")
+        self._spare, buffer = direct_buffer(PIECE_BYTES), direct_buffer(PIECE_BYTES)
+        self._piece = _Piece(-1, 0, 0, buffer)
+        self._next: Future[_Piece] | None = None
+
+    def close(self) -> None:
+        self._worker.shutdown()
+
+    def read(self, file: int, offset: int, out: Bytes) -> int:
+        """Fill ``out`` from its start; the bytes that are filled, fewer only at the end of the file. Raises OSError."""
+        done = 0
+        while done < len(out):
+            piece = self._at(file, offset + done, len(out) - done)
+            skipped = offset + done - piece.start
+            taken = min(piece.count - skipped, len(out) - done)
+            if taken <= 0:
+                break
+            out[done : done + taken] = piece.buffer[skipped : skipped + taken]
+            done += taken
+        return done
+
+    def _at(self, file: int, offset: int, needed: int) -> _Piece:
+        """The piece that has a byte, and is from then on this run's."""
+        if self._piece.covers(file, offset):
+            return self._piece
+        following, self._next = self._next, None
+        goes_on = self._piece.goes_on(file, offset)
+        if following is not None:
+            found = following.result()  # an error leaves this run with the piece that it had
+            self._piece, self._spare = found, self._piece.buffer
+            goes_on = found.covers(file, offset) or found.goes_on(file, offset)
+        if not self._piece.covers(file, offset):
+            start = offset - offset % ALIGNMENT
+            count = PIECE_BYTES if goes_on else min(PIECE_BYTES, -(-(offset + needed - start) // ALIGNMENT) * ALIGNMENT)
+            buffer = self._piece.buffer
+            self._piece = _Piece(-1, 0, 0, buffer)  # whatever becomes of the read
+            self._piece = _read(file, start, buffer, count)
+        if (goes_on or offset + needed > self._piece.start + self._piece.count) and self._piece.count % ALIGNMENT == 0:
+            after = self._piece.start + self._piece.count
+            self._next = self._worker.submit(_read, file, after, self._spare, PIECE_BYTES)
+        return self._piece
+
+
+def _read(file: int, start: int, buffer: Bytes, count: int) -> _Piece:
+    return _Piece(file, start, os.preadv(file, [buffer[:count].data], start), buffer)
+
+
+def cached_share(file: int) -> float:
+    """How much of an open file the page cache holds; 1 where the system does not say."""
+    size = os.fstat(file).st_size
+    if size == 0:
+        return 1.0
+    with suppress(AttributeError, OSError, ValueError), mmap.mmap(file, size, prot=mmap.PROT_READ) as memory:
+        whole = np.frombuffer(memory, np.uint8)
+        there = np.empty(-(-size // mmap.PAGESIZE), np.uint8)
+        address, vector = ctypes.c_void_p(whole.ctypes.data), ctypes.c_void_p(there.ctypes.data)
+        del whole
+        if ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(size), vector) == 0:
+            return float(np.count_nonzero(there & 1)) / len(there)
+    return 1.0
+
+
+def _is_on_a_disk(file: int) -> bool:
+    """Whether a block device holds the file. File systems over a network, and those in memory, have no such device."""
+    return os.major(os.fstat(file).st_dev) != 0
