@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tiny import MOONLIGHT, V2_LITE, V3, Tiny, write_safetensors, write_tiny
 
 import weightkit as wk
 from weightkit import manifests
+from weightkit.checkpoint import once
 from weightkit.checkpoint.lock import Lock, LockedFile
 from weightkit.errors import (
     ChecksumError,
@@ -566,6 +567,7 @@ def flip(path: Path, at: int = -1) -> None:
     path.write_bytes(raw)
 
 
+@pytest.mark.usefixtures("cache")
 def test_pain_03_flipped_bit(mp4: Path) -> None:
     flip(mp4 / "model1-mp4.safetensors")
     problem = only(check(mp4))
@@ -666,6 +668,23 @@ def test_extreme_values_are_finite(name: str, bits: type[np.unsignedinteger[Any]
     assert check(fp8, values=True).ok
 
 
+@pytest.fixture(params=["from the cache", "past it"])
+def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    opened: list[str] = []
+
+    def open_direct(path: str) -> int:
+        opened.append(path)
+        return os.open(path, os.O_RDONLY)
+
+    monkeypatch.setattr(once, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(once, "cached_share", lambda _: float(request.param == "from the cache"))
+    monkeypatch.setattr(once, "_is_on_a_disk", lambda _: True)
+    monkeypatch.setattr(once, "open_direct", open_direct)
+    yield request.param
+    assert bool(opened) == (request.param == "past it")
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("chunk", [64, 1001, 4096])
 def test_values_and_checksums_in_chunks_of_any_size(chunk: int, mp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)

@@ -48,12 +48,12 @@ class OnceReader(Reader):
         self._direct: dict[str, int | None] = {}
         self._opened: list[int] = []
         self._direct_lock = threading.Lock()
-        self._runs = threading.local()
-        self._all_runs: list[_Run] = []
+        self._ahead = threading.local()
+        self._all_ahead: list[ReadAhead] = []
 
     def close(self) -> None:
-        for run in self._all_runs:
-            run.close()
+        for ahead in self._all_ahead:
+            ahead.close()
         for file in self._opened:
             os.close(file)
         self._opened.clear()
@@ -66,7 +66,7 @@ class OnceReader(Reader):
         done = 0
         if file is not None:
             try:
-                done = self._run().read(file, offset, out)
+                done = self._read_ahead().read(file, offset, out)
             except OSError:
                 self._direct[path] = None  # by those who come; its descriptor stays open for others in the middle
         if done < len(out):  # the rest: no direct reads here, or the file ends early, which the plain read says clearly
@@ -80,20 +80,19 @@ class OnceReader(Reader):
         plain = self._open(path)  # checks the stamp
         with self._direct_lock:
             if path not in self._direct:
-                worth = _is_on_a_disk(plain) and cached_share(plain) < CACHED_SHARE
-                file = self._direct[path] = open_direct(path) if worth else None
+                file = self._direct[path] = open_once(path, plain)
                 if file is not None:
                     self._opened.append(file)
             return self._direct[path]
 
-    def _run(self) -> _Run:
+    def _read_ahead(self) -> ReadAhead:
         """This thread's."""
-        run: _Run | None = getattr(self._runs, "run", None)
-        if run is None:
-            run = self._runs.run = _Run()
+        ahead: ReadAhead | None = getattr(self._ahead, "held", None)
+        if ahead is None:
+            ahead = self._ahead.held = ReadAhead()
             with self._direct_lock:
-                self._all_runs.append(run)
-        return run
+                self._all_ahead.append(ahead)
+        return ahead
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ class _Piece:
         return file == self.file and 0 <= offset - (self.start + self.count) <= GAP_BYTES
 
 
-class _Run:
-    """One thread's reads. Where they follow each other, the next piece is read while one is used."""
+class ReadAhead:
+    """A thread's reads past the page cache. Where they follow each other, the next piece is read while one is used."""
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="weightkit-ahead")
@@ -138,13 +137,13 @@ class _Run:
         return done
 
     def _at(self, file: int, offset: int, needed: int) -> _Piece:
-        """The piece that has a byte, and is from then on this run's."""
+        """The piece that has a byte, and is held from then on."""
         if self._piece.covers(file, offset):
             return self._piece
         following, self._next = self._next, None
         goes_on = self._piece.goes_on(file, offset)
         if following is not None:
-            found = following.result()  # an error leaves this run with the piece that it had
+            found = following.result()  # an error leaves the piece that was there
             self._piece, self._spare = found, self._piece.buffer
             goes_on = found.covers(file, offset) or found.goes_on(file, offset)
         if not self._piece.covers(file, offset):
@@ -161,6 +160,12 @@ class _Run:
 
 def _read(file: int, start: int, buffer: Bytes, count: int) -> _Piece:
     return _Piece(file, start, os.preadv(file, [buffer[:count].data], start), buffer)
+
+
+def open_once(path: str, file: int) -> int | None:
+    """A descriptor for ``ReadAhead`` of what is open as ``file``; None where it is better left to the kernel."""
+    worth = _is_on_a_disk(file) and cached_share(file) < CACHED_SHARE
+    return open_direct(path) if worth else None
 
 
 def cached_share(file: int) -> float:

@@ -1,6 +1,7 @@
 """Files read once, from front to back, for several purposes: checksum, values, replicas. A thread owns a file.
 
-Memory is ``CHUNK_BYTES`` a thread, whatever the files' sizes; ``WINDOW_BYTES`` more where they are remote.
+Memory is ``CHUNK_BYTES`` a thread, whatever the files' sizes; ``once.BUFFERS_BYTES`` more where they are read past the
+page cache, ``WINDOW_BYTES`` where they are remote.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 
 from weightkit.checkpoint import Entry, Header, Reader
 from weightkit.checkpoint.dtypes import DTYPE_BITS
+from weightkit.checkpoint.once import ReadAhead, open_once
 from weightkit.checkpoint.reading import Bytes
 from weightkit.errors import FormatError, WeightkitError
 from weightkit.layouts.opening import FETCH, READABLE
@@ -29,7 +31,6 @@ from weightkit.remote.path import RemotePath
 CHUNK_BYTES = 4 << 20
 #: Of a remote file so much is read at once, and held in memory.
 WINDOW_BYTES = 32 << 20
-#: Beyond the cores, threads help no more; beyond this, no disk does.
 
 
 class Consumer(Protocol):
@@ -133,12 +134,24 @@ def _opened(reading: Reading, stop: threading.Event) -> Iterator[Callable[[int, 
         with Reader(stop=stop) as reader:
             yield _Window(reader, str(reading.path), reading.spans).fill
         return
-    file = os.open(reading.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        yield lambda offset, chunk: _fill(file, offset, chunk, reading.path)
-    finally:
-        os.close(file)
+    with ExitStack() as stack:
+        file = os.open(reading.path, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, file)
+        direct = open_once(str(reading.path), file)
+        if direct is None:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            yield lambda offset, chunk: _fill(file, offset, chunk, reading.path)
+            return
+        stack.callback(os.close, direct)
+        ahead = stack.enter_context(closing(ReadAhead()))
+
+        def fill(offset: int, chunk: Bytes) -> None:
+            done = 0
+            with suppress(OSError):  # which the plain read says, if it has it too
+                done = ahead.read(direct, offset, chunk)
+            _fill(file, offset + done, chunk[done:], reading.path)
+
+        yield fill
 
 
 class _Window:
