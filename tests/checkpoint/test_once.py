@@ -41,7 +41,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(once, "SMALLEST_BYTES", 1)
     monkeypatch.setattr(once, "cached_share", lambda _: 0.0)
     monkeypatch.setattr(once, "_is_on_a_disk", lambda _: True)
-    monkeypatch.setattr(once, "open_direct", lambda path: os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(once, "open_direct", os.dup)
     before = threading.active_count()
     yield
     assert threading.active_count() == before
@@ -137,9 +137,9 @@ def test_a_read_that_is_refused_is_done_through_the_cache(
     calls = iter(range(10_000))
     preadv = os.preadv
 
-    def opened(path: str) -> int:
-        direct.add(file := os.open(path, os.O_RDONLY))
-        return file
+    def opened(file: int) -> int:
+        direct.add(other := os.dup(file))
+        return other
 
     def refused(file: int, buffers: list[memoryview], offset: int) -> int:
         if file in direct and next(calls) == broken:
@@ -168,7 +168,7 @@ def test_what_is_cached_is_read_from_there(tmp_path: Path, monkeypatch: pytest.M
     os.fsync(file)
     assert cached_share(file) == 1.0
     monkeypatch.setattr(once, "cached_share", cached_share)
-    monkeypatch.setattr(once, "open_direct", lambda path: pytest.fail("it is cached"))
+    monkeypatch.setattr(once, "open_direct", lambda file: pytest.fail("it is cached"))
     with OnceReader() as reader:
         reader.read_range(str(path), 0, np.empty(1 << 20, np.uint8))
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -183,9 +183,56 @@ def test_what_lies_on_no_disk_is_left_to_the_kernel(
     files: list[tuple[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(once, "_is_on_a_disk", lambda _: False)
-    monkeypatch.setattr(once, "open_direct", lambda path: pytest.fail("it lies on no disk"))
+    monkeypatch.setattr(once, "open_direct", lambda file: pytest.fail("it lies on no disk"))
     path, content = files[-1]
     out = np.empty(len(content), np.uint8)
     with OnceReader() as reader:
         reader.read_range(path, 0, out)
     assert out.tobytes() == content
+
+
+def test_a_file_that_is_replaced_after_it_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was looked at is read on, short reads and long ones."""
+    monkeypatch.undo()
+    monkeypatch.setattr(once, "cached_share", lambda _: 0.0)
+    monkeypatch.setattr(once, "_is_on_a_disk", lambda _: True)
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.write_bytes(b"a" * (1 << 20))
+    other.write_bytes(b"b" * (1 << 20))
+    short, long = np.empty(8, np.uint8), np.empty(1 << 19, np.uint8)
+    with OnceReader({str(path): stamp_file(path)}) as reader:
+        reader.read_range(str(path), 0, short)
+        other.replace(path)
+        reader.read_range(str(path), 4096, long)
+    assert short.tobytes() + long.tobytes() == b"a" * (len(short) + len(long))
+
+
+def test_a_reader_that_is_used_again(files: list[tuple[str, bytes]]) -> None:
+    """Descriptors come back with other files behind them."""
+    reader = OnceReader()
+    for path, content in (files[3], files[4]):
+        out = np.empty(5 * PIECE, np.uint8)
+        reader.read_range(path, 0, out[: 2 * PIECE])
+        reader.read_range(path, 2 * PIECE, out[2 * PIECE :])
+        assert out.tobytes() == content[: 5 * PIECE]
+        reader.close()
+
+
+def test_without_another_thread_nothing_is_read_ahead(
+    files: list[tuple[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is to be had, or Python is at its end."""
+    asked = []
+
+    def submit(*_: object) -> None:
+        asked.append(1)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(once.ThreadPoolExecutor, "submit", submit)
+    path, content = files[-1]
+    out = np.empty(len(content), np.uint8)
+    with OnceReader() as reader:
+        for start in range(0, len(out), 5000):
+            reader.read_range(path, start, out[start : start + 5000])
+    assert out.tobytes() == content
+    assert asked == [1]

@@ -207,6 +207,13 @@ def test_a_full_output_is_an_error_without_a_traceback(options: tuple[str, ...],
         assert output_to(full, folder, *options) == (1, "Error: No space left on device.\n")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_an_output_that_is_closed_is_none(closed: str, folder: Path) -> None:
+    command = f"{sys.executable} -m weightkit verify --quick {folder} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=BUFFERED)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_an_output_that_nobody_reads_ends_the_command_without_a_word(options: tuple[str, ...], folder: Path) -> None:
     read, write = os.pipe()

@@ -670,11 +670,11 @@ def test_extreme_values_are_finite(name: str, bits: type[np.unsignedinteger[Any]
 
 @pytest.fixture(params=["from the cache", "past it"])
 def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    opened: list[str] = []
+    opened: list[int] = []
 
-    def open_direct(path: str) -> int:
-        opened.append(path)
-        return os.open(path, os.O_RDONLY)
+    def open_direct(file: int) -> int:
+        opened.append(file)
+        return os.dup(file)
 
     monkeypatch.setattr(once, "PIECE_BYTES", 8192)
     monkeypatch.setattr(once, "cached_share", lambda _: float(request.param == "from the cache"))

@@ -367,7 +367,7 @@ def test_memory_grows_by_no_more_than_the_budgets(tmp_path: Path) -> None:
 @pytest.mark.parametrize("direct", [True, False])
 def test_direct_reads_give_the_bytes_of_the_file(tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not direct:
-        monkeypatch.setattr("weightkit.checkpoint.direct._open_direct", lambda path: None)
+        monkeypatch.setattr("weightkit.checkpoint.direct.open_direct", lambda file: None)
     content = random.Random(0).randbytes(9_000_001)
     path = tmp_path / "file"
     path.write_bytes(content)

@@ -19,6 +19,7 @@ from weightkit.errors import FormatError, PlanError, TargetError
 from weightkit.layouts import FileSet, lay_out_published
 from weightkit.machine import usable_cores
 from weightkit.measure import Ceilings, save
+from weightkit.transforms import cast_to_fp8
 from weightkit.writer import make_plan, summarize
 from weightkit.writer.executor import peak_memory_bytes
 
@@ -222,3 +223,20 @@ def test_an_estimate_reads_what_ranks_share_once(tmp_path: Path) -> None:
     measured = Ceilings("/x", "2026-11-24T00:00:00+00:00", "any", usable_cores(), 0.0, True, 1, read=100.0, **rates)
     save(measured, tmp_path)
     assert summarize(plan).estimated_s == plan.source_bytes / 100
+
+
+def test_which_sources_are_read_from_front_to_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Not those that ranks share, nor those that are put together: reads that jump cost more past the page cache."""
+
+    def reads_once(files: FileSet) -> bool:
+        return make_plan(files, tmp_path / "out").reads_once
+
+    bf16 = wk.cast(checkpoint, "bf16")
+    assert reads_once(lay_out_published(wk.strip_mtp(checkpoint)))
+    assert reads_once(lay_out_published(bf16))
+    wk.write(bf16, tmp_path / "bf16", progress=False)
+    assert reads_once(lay_out_published(cast_to_fp8(wk.open_checkpoint(tmp_path / "bf16"))))
+    ranks = wk.shard(checkpoint, mp=4)
+    assert not reads_once(ranks)
+    wk.write(ranks, tmp_path / "mp4", progress=False)
+    assert not reads_once(wk.merge(wk.open_checkpoint(tmp_path / "mp4")))

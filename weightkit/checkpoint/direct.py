@@ -98,7 +98,7 @@ class DirectReader(Reader):
         self._open(path)  # checks the stamp
         with self._direct_lock:
             if path not in self._direct:
-                self._direct[path] = open_direct(path)
+                self._direct[path] = open_direct(self._files[path])
             return self._direct[path]
 
     def _give_up(self, path: str) -> None:
@@ -176,11 +176,13 @@ def _read_somewhere(
     reader.read_range(paths[which], offset, out)
 
 
-def open_direct(path: str) -> int | None:
+def open_direct(file: int) -> int | None:
+    """Another descriptor of an open file, whatever its name stands for by now, for reads past the page cache; None
+    where there are none."""
     if not O_DIRECT:
         return None
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
+        return os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
     except OSError:
         return None
 

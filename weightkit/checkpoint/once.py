@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -34,17 +35,12 @@ class OnceReader(Reader):
     nor the kernel's time for it.
 
     Files on a local disk alone are read so. Of others, and of those that lie in the page cache, all is left to the
-    kernel, and so are short reads.
+    kernel, and so are short reads. (Linux tells what is cached of a file to those alone who own it or may write it.)
+    Of reads that jump between files more comes from the disk than is asked for: they are for a plain ``Reader``.
     """
 
-    def __init__(
-        self,
-        stamps: Mapping[str, Stamp] | None = None,
-        *,
-        ahead_bytes: int = 0,
-        stop: threading.Event | None = None,
-    ) -> None:
-        super().__init__(stamps, ahead_bytes=ahead_bytes, stop=stop)
+    def __init__(self, stamps: Mapping[str, Stamp] | None = None, *, ahead_bytes: int = 0) -> None:
+        super().__init__(stamps, ahead_bytes=ahead_bytes)
         self._direct: dict[str, int | None] = {}
         self._opened: list[int] = []
         self._direct_lock = threading.Lock()
@@ -56,8 +52,10 @@ class OnceReader(Reader):
             ahead.close()
         for file in self._opened:
             os.close(file)
+        self._all_ahead.clear()
         self._opened.clear()
         self._direct.clear()
+        self._ahead = threading.local()
         super().close()
 
     def read_range(self, path: str, offset: int, out: Bytes) -> None:
@@ -80,7 +78,7 @@ class OnceReader(Reader):
         plain = self._open(path)  # checks the stamp
         with self._direct_lock:
             if path not in self._direct:
-                file = self._direct[path] = open_once(path, plain)
+                file = self._direct[path] = open_once(plain)
                 if file is not None:
                     self._opened.append(file)
             return self._direct[path]
@@ -119,6 +117,7 @@ class ReadAhead:
         self._spare, buffer = direct_buffer(PIECE_BYTES), direct_buffer(PIECE_BYTES)
         self._piece = _Piece(-1, 0, 0, buffer)
         self._next: Future[_Piece] | None = None
+        self._may_ask = True
 
     def close(self) -> None:
         self._worker.shutdown()
@@ -143,9 +142,10 @@ class ReadAhead:
         following, self._next = self._next, None
         goes_on = self._piece.goes_on(file, offset)
         if following is not None:
-            found = following.result()  # an error leaves the piece that was there
-            self._piece, self._spare = found, self._piece.buffer
-            goes_on = found.covers(file, offset) or found.goes_on(file, offset)
+            with suppress(OSError):  # the read that now follows has it too, if it is about the same bytes
+                found = following.result()
+                self._piece, self._spare = found, self._piece.buffer
+                goes_on = found.covers(file, offset) or found.goes_on(file, offset)
         if not self._piece.covers(file, offset):
             start = offset - offset % ALIGNMENT
             count = PIECE_BYTES if goes_on else min(PIECE_BYTES, -(-(offset + needed - start) // ALIGNMENT) * ALIGNMENT)
@@ -153,19 +153,26 @@ class ReadAhead:
             self._piece = _Piece(-1, 0, 0, buffer)  # whatever becomes of the read
             self._piece = _read(file, start, buffer, count)
         if (goes_on or offset + needed > self._piece.start + self._piece.count) and self._piece.count % ALIGNMENT == 0:
-            after = self._piece.start + self._piece.count
-            self._next = self._worker.submit(_read, file, after, self._spare, PIECE_BYTES)
+            self._next = self._ask(file, self._piece.start + self._piece.count)
         return self._piece
+
+    def _ask(self, file: int, start: int) -> Future[_Piece] | None:
+        """Begin to read a piece. Never again once that failed, as the buffer may have been given away."""
+        try:
+            return self._worker.submit(_read, file, start, self._spare, PIECE_BYTES) if self._may_ask else None
+        except RuntimeError:  # no more threads; or Python ends, in whose main thread this is not
+            self._may_ask = False
+            return None
 
 
 def _read(file: int, start: int, buffer: Bytes, count: int) -> _Piece:
     return _Piece(file, start, os.preadv(file, [buffer[:count].data], start), buffer)
 
 
-def open_once(path: str, file: int) -> int | None:
+def open_once(file: int) -> int | None:
     """A descriptor for ``ReadAhead`` of what is open as ``file``; None where it is better left to the kernel."""
     worth = _is_on_a_disk(file) and cached_share(file) < CACHED_SHARE
-    return open_direct(path) if worth else None
+    return open_direct(file) if worth else None
 
 
 def cached_share(file: int) -> float:
@@ -184,5 +191,7 @@ def cached_share(file: int) -> float:
 
 
 def _is_on_a_disk(file: int) -> bool:
-    """Whether a block device holds the file. File systems over a network, and those in memory, have no such device."""
-    return os.major(os.fstat(file).st_dev) != 0
+    """Whether a block device holds the file. File systems over a network, and those in memory, have none, or a number
+    that is no device's."""
+    device = os.fstat(file).st_dev
+    return os.major(device) != 0 and Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").exists()

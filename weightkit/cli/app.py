@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -60,6 +61,7 @@ def group() -> None:
 def main(args: list[str] | None = None) -> NoReturn:
     """Run a command line and exit."""
     signal.signal(signal.SIGTERM, _stop)
+    _open_what_is_closed()
     try:
         code = _run(sys.argv[1:] if args is None else args)
     finally:
@@ -102,15 +104,23 @@ def _leave_to_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _open_what_is_closed() -> None:
+    """Outputs that were closed by whoever started this go nowhere; no file of ours takes their descriptors."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - to the end
+
+
 def _drop_unsaid() -> None:
     """What could not be printed. Python would try again at its exit, say so, and end with a code of its own."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
+        except ValueError:
+            pass  # closed
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            with suppress(OSError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _message(error: Exception) -> str:

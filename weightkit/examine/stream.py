@@ -11,7 +11,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -137,18 +137,21 @@ def _opened(reading: Reading, stop: threading.Event) -> Iterator[Callable[[int, 
     with ExitStack() as stack:
         file = os.open(reading.path, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, file)
-        direct = open_once(str(reading.path), file)
+        direct = open_once(file)
         if direct is None:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            yield lambda offset, chunk: _fill(file, offset, chunk, reading.path)
-            return
-        stack.callback(os.close, direct)
-        ahead = stack.enter_context(closing(ReadAhead()))
+        else:
+            stack.callback(os.close, direct)
+        ahead = stack.enter_context(closing(ReadAhead())) if direct is not None else None
 
         def fill(offset: int, chunk: Bytes) -> None:
+            nonlocal direct
             done = 0
-            with suppress(OSError):  # which the plain read says, if it has it too
-                done = ahead.read(direct, offset, chunk)
+            if ahead is not None and direct is not None:
+                try:
+                    done = ahead.read(direct, offset, chunk)
+                except OSError:  # the plain read says it, if it has it too
+                    direct = None
             _fill(file, offset + done, chunk[done:], reading.path)
 
         yield fill

@@ -91,8 +91,10 @@ class Plan:
 
     @property
     def reads_once(self) -> bool:
-        """Whether the outputs share no bytes of the source, or next to none."""
-        return self.bytes_read <= 1.02 * self.source_bytes
+        """Whether the source is read from front to back: the outputs share next to none of it, and no tensor is put
+        together or cut."""
+        whole = all(_is_whole(tensor) for file in self.files for tensor in file.tensors.values())
+        return whole and self.bytes_read <= 1.02 * self.source_bytes
 
     @property
     def computed(self) -> list[LazyTensor]:
@@ -126,6 +128,13 @@ class Plan:
             described = [[name, describe(tensor, paths)] for name, tensor in file.tensors.items()]
             lines.append([file.name, hashlib.sha256(file.header).hexdigest(), described])
         return lines
+
+
+def _is_whole(tensor: LazyTensor) -> bool:
+    """Whether it takes all bytes of what it is made from, as they lie in one file."""
+    if isinstance(tensor, (Dequantized, Cast, BlockQuantized)):
+        return all(map(_is_whole, made_from(tensor)))
+    return isinstance(tensor, (Stored, Promised))
 
 
 def _read_for(tensors: Iterable[LazyTensor]) -> Iterator[LazyTensor]:
