@@ -25,7 +25,7 @@ PIECE_BYTES = 4 << 20
 #: A read that begins no further on than this goes on with the one before it.
 GAP_BYTES = 1 << 20
 #: What a thread that reads takes.
-BUFFERS_BYTES = 2 * PIECE_BYTES
+READ_AHEAD_BYTES = 2 * PIECE_BYTES
 #: Of a file, what the page cache must hold for it to be read from there.
 CACHED_SHARE = 0.5
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from weightkit.checkpoint.once import BUFFERS_BYTES
+from weightkit.checkpoint.once import READ_AHEAD_BYTES
 from weightkit.checkpoint.stamp import Stamp, stamp_file
 from weightkit.cluster.connection import connect
 from weightkit.cluster.crew import Crew, Needs
@@ -20,7 +20,7 @@ from weightkit.progress import Progress as ProgressBar
 from weightkit.version import build
 
 #: Of a worker's process: Python and Ray, and what consumers hold of a file.
-MEMORY_BYTES = (512 << 20) + CHUNK_BYTES + BUFFERS_BYTES
+MEMORY_BYTES = (512 << 20) + CHUNK_BYTES + READ_AHEAD_BYTES
 
 
 class RayReaders:

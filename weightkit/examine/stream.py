@@ -1,6 +1,6 @@
 """Files read once, from front to back, for several purposes: checksum, values, replicas. A thread owns a file.
 
-Memory is ``CHUNK_BYTES`` a thread, whatever the files' sizes; ``once.BUFFERS_BYTES`` more where they are read past the
+Memory is ``CHUNK_BYTES`` a thread, whatever the files' sizes; ``READ_AHEAD_BYTES`` more where they are read past the
 page cache, ``WINDOW_BYTES`` where they are remote.
 """
 

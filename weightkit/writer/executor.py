@@ -21,7 +21,7 @@ from weightkit.checkpoint.dtypes import itemsize
 from weightkit.checkpoint.folder import LOCK_NAME
 from weightkit.checkpoint.index import INDEX_NAME
 from weightkit.checkpoint.lock import Lock, LockedFile
-from weightkit.checkpoint.once import BUFFERS_BYTES, OnceReader
+from weightkit.checkpoint.once import READ_AHEAD_BYTES, OnceReader
 from weightkit.checkpoint.reading import SCRATCH_BYTES
 from weightkit.checkpoint.tensors import (
     BlockQuantized,
@@ -106,7 +106,7 @@ def peak_memory_bytes(plan: Plan, jobs: int) -> int:
     """The most that the workers' buffers take, beyond what Python and its libraries do."""
     strip = max(STRIP_BYTES, _largest_strip(plan))
     computed = _computing(plan) * strip
-    return min(jobs, len(plan.files)) * (BUFFERS * BUFFER_BYTES + SCRATCH_BYTES + BUFFERS_BYTES + strip + computed)
+    return min(jobs, len(plan.files)) * (BUFFERS * BUFFER_BYTES + SCRATCH_BYTES + READ_AHEAD_BYTES + strip + computed)
 
 
 def _computing(plan: Plan) -> int:
