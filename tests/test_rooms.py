@@ -37,6 +37,7 @@ ORDER = (
     ("transforms",),
     ("ranks",),
     ("layouts", "compute"),
+    ("sha256",),
     ("kernels",),
     ("family",),
     ("manifests.pico.questions",),
@@ -46,7 +47,7 @@ ORDER = (
     ("errors", "version"),
 )
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-#: May be imported without torch, numba or what brings them.
+#: May be imported without torch, numba, LLVM or what brings them.
 LIGHT = (
     "weightkit",
     "weightkit.checkpoint",
@@ -54,6 +55,7 @@ LIGHT = (
     "weightkit.family",
     "weightkit.layouts",
     "weightkit.measure",
+    "weightkit.sha256",
     "weightkit.transforms",
     "weightkit.examine",
     "weightkit.serving",
@@ -62,7 +64,7 @@ LIGHT = (
     "weightkit.writer",
     "weightkit.cli",
 )
-HEAVY = {"torch", "numba", "triton", "transformers", "tokenizers", "ray"}
+HEAVY = {"torch", "numba", "llvmlite", "triton", "transformers", "tokenizers", "ray"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

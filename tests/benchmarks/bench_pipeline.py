@@ -113,6 +113,7 @@ class Clock:
 def child(kind: str, mode: str, source: Path, target: Path, jobs: int) -> None:
     """Cast, and print as JSON what it took."""
     import weightkit as wk
+    from weightkit import sha256
     from weightkit.checkpoint import Reader
     from weightkit.checkpoint.folder import LOCK_NAME
     from weightkit.compute import CpuEngine, CudaEngine, StartingEngine, engines, start_engine, starting, trial
@@ -132,7 +133,7 @@ def child(kind: str, mode: str, source: Path, target: Path, jobs: int) -> None:
     clock.wrap(AppendStream, "append", "copy")
     clock.wrap(stream, "_reserve", "reserve")
     clock.wrap(AppendStream, "_submit", "buffers")
-    clock.wrap(AppendStream, "_hash_block", "hash")
+    clock.wrap(sha256, "_hash", "hash")
     clock.wrap(AppendStream, "_write_block", "write")
     clock.wrap(AppendStream, "finish", "finish")
     clock.wrap(files.FileWriter, "fill", "rest")

@@ -62,7 +62,7 @@ device_option = click.option(
     "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="Where to compute."
 )
 jobs_option = click.option(
-    "--jobs", type=click.IntRange(min=1), help="Files in work at once.  [default: cores, at most 8]"
+    "--jobs", type=click.IntRange(min=1), help="Files in work at once.  [default: twice the cores, at most 8]"
 )
 #: Where a command's files are worked on: ``executor`` and ``address``, which ``require_executor`` checks.
 executor_options = _chain(

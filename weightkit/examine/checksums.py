@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from weightkit.examine.survey import Survey, attempt
 from weightkit.layouts.opening import FETCH, is_unreadable
 from weightkit.manifests import Manifest
 from weightkit.remote.path import RemotePath, folder_of
+from weightkit.sha256 import Digest, sha256
 
 NONE_KNOWN = f"none are known: no {LOCK_NAME}, no manifest"
 
@@ -112,12 +112,12 @@ class Sha256:
 
     def __init__(self, path: Path, locked: LockedFile, source: str) -> None:
         self._path, self._locked, self._source = path, locked, source
-        self._begun: hashlib._Hash | None = None  # does not travel between processes, so it is made where it is fed
+        self._begun: Digest | None = None  # does not travel between processes, so it is made where it is fed
 
     @property
-    def _digest(self) -> hashlib._Hash:
+    def _digest(self) -> Digest:
         if self._begun is None:
-            self._begun = hashlib.sha256()
+            self._begun = sha256(self._locked.size_bytes)
         return self._begun
 
     def feed(self, offset: int, chunk: Bytes) -> None:

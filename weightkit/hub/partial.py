@@ -27,6 +27,7 @@ from typing import Any
 from weightkit.durable import FULL, PARTIAL, STATE_DIR, no_space, sync_folder
 from weightkit.errors import PlanError, TargetError, WriteError
 from weightkit.hub.listing import RemoteFile
+from weightkit.sha256 import sha256
 
 PARTS = "parts"
 DIGEST_BYTES = 8
@@ -71,7 +72,7 @@ class Digests:
     """The checksums of a file, fed from front to back."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self.sha256: Any = hashlib.sha256()
+        self.sha256 = sha256(file.size_bytes)
         # Git's id of a blob; a hub that lists it lists no SHA-256.
         self.git: Any = hashlib.sha1(f"blob {file.size_bytes}\0".encode()) if file.sha256 is None else None
 
@@ -88,12 +89,12 @@ class Digests:
     def match(self, file: RemoteFile) -> bool:
         """Whether these are the listed ones."""
         if file.sha256 is not None:
-            return bool(self.sha256.hexdigest() == file.sha256)
+            return self.sha256.hexdigest() == file.sha256
         return bool(self.git.hexdigest() == file.git_sha1)
 
     def prefix(self) -> bytes:
         """What the map keeps of the state."""
-        return bytes(self.sha256.copy().digest()[:DIGEST_BYTES])
+        return self.sha256.digest()[:DIGEST_BYTES]
 
 
 class Partial:

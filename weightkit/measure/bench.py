@@ -51,7 +51,7 @@ def measure(folder: Path, *, seconds: float = SECONDS, most_bytes: int = MOST_BY
         copy_one=copy_rate(1, short),
         copy_all=copy_rate(cores, short),
         sha256_one=sha256_rate(1, short),
-        sha256_all=sha256_rate(cores, short),
+        sha256_all=sha256_rate(2 * cores, short),
         dequant_one=dequant_rate(1, short),
         dequant_all=dequant_rate(cores, short),
         gpu=measure_gpu(short),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
 
 from weightkit.measure.pace import best_pace
+from weightkit.sha256 import sha256
 
 #: More than the caches hold of one thread, and a piece as large as the writer's strips.
 COPY_BYTES = 64 << 20
@@ -45,7 +45,7 @@ def _copying() -> Step:
 
 
 def _hashing() -> Step:
-    data, digest = np.ones(HASH_BYTES, np.uint8).data, hashlib.sha256()
+    data, digest = np.ones(HASH_BYTES, np.uint8).data, sha256()
 
     def step() -> int:
         digest.update(data)

@@ -4,7 +4,6 @@ sees source and target; its final name is given by the process that holds the ta
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from weightkit.checkpoint.tensors import Promised, size_bytes
 from weightkit.compute import EngineSupply, KeptScales, Started, start
 from weightkit.compute.engines import Here
 from weightkit.errors import WriteError
+from weightkit.sha256 import Digest, sha256
 from weightkit.writer.journal import Progress
 from weightkit.writer.pieces import Copied, Made, may_leave_range, pieces, require_in_range
 from weightkit.writer.plan import PlannedFile
@@ -177,11 +177,11 @@ def is_promised(file: PlannedFile) -> bool:
     return any(isinstance(tensor, Promised) for tensor in file.tensors.values())
 
 
-def _durable_prefix(partial: Path, before: Progress | None, observer: Observer) -> tuple[int, hashlib._Hash | None]:
+def _durable_prefix(partial: Path, before: Progress | None, observer: Observer) -> tuple[int, Digest | None]:
     """How much of a partial file can be trusted: what the journal vouches for and still hashes as it says."""
     if before is None or before.done or not partial.exists() or partial.stat().st_size < before.bytes:
         return 0, None
-    digest, left = hashlib.sha256(), before.bytes
+    digest, left = sha256(before.bytes), before.bytes
     with partial.open("rb", buffering=0) as file:
         while left and (block := file.read(min(left, BUFFER_BYTES))):
             observer.check_stop()

@@ -6,7 +6,6 @@ lies there is hashed, and the rest is fetched.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
@@ -23,6 +22,7 @@ from weightkit.checkpoint.reading import Bytes
 from weightkit.checkpoint.stamp import Stamp
 from weightkit.errors import ChecksumError, Interrupted
 from weightkit.remote.ranges import RemoteFiles
+from weightkit.sha256 import sha256
 from weightkit.units import counted
 from weightkit.writer.plan import PlannedFile
 from weightkit.writer.sourcing import FETCHERS, Sourcing, Use, uses
@@ -291,7 +291,7 @@ class Spool:
 
     def _fill(self, file: int, path: str, stamp: Stamp, there: int) -> str:
         """Hash the first ``there`` bytes of the file, and fetch the others. Its SHA-256."""
-        digest, at = hashlib.sha256(), 0
+        digest, at = sha256(stamp.size_bytes), 0
         buffer = np.empty(min(CHUNK_BYTES, stamp.size_bytes), np.uint8)
         while at < stamp.size_bytes:
             if not self._goes_on():

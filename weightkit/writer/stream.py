@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import queue
 import threading
@@ -16,6 +15,7 @@ import numpy as np
 from weightkit.checkpoint.reading import Bytes
 from weightkit.direct_io import ALIGNMENT, O_DIRECT, direct_buffer, is_direct, use_page_cache
 from weightkit.durable import FULL, no_space
+from weightkit.sha256 import Digest, Line, hashers, sha256
 
 #: 256 KB to 4 MB wrote fastest, 16 MB slower; a resumed write continues at a multiple of it.
 BUFFER_BYTES = 4 << 20
@@ -37,11 +37,11 @@ class AppendStream:
     Raises ``SpaceError`` when the disk is full; the bytes before ``position`` are kept.
     """
 
-    def __init__(self, path: Path, size_bytes: int, *, resume_at: int = 0, digest: hashlib._Hash | None = None) -> None:
+    def __init__(self, path: Path, size_bytes: int, *, resume_at: int = 0, digest: Digest | None = None) -> None:
         self.position = 0
         self._resume_at = resume_at
         self._path = path
-        self._digest = digest or hashlib.sha256()
+        self._digest = digest or sha256(size_bytes)
         self._file = _open_for_writing(path)
         self._failure: BaseException | None = None
         self._unpin: Callable[[], None] | None = None
@@ -51,14 +51,11 @@ class AppendStream:
             self._free.put(whole[number * BUFFER_BYTES : (number + 1) * BUFFER_BYTES])
         self._current = self._free.get()
         self._filled = 0
-        self._to_hash: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
+        self._hashing = Line(self._digest)
         self._to_write: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
         self._pending = threading.Semaphore(0)
         self._submitted = 0
-        self._threads = [
-            threading.Thread(target=self._work, args=work, daemon=True)
-            for work in [(self._to_hash, self._hash_block), *[(self._to_write, self._write_block)] * WRITES]
-        ]
+        self._threads = [threading.Thread(target=self._write_blocks, daemon=True) for _ in range(WRITES)]
         try:
             _reserve(self._file, size_bytes, path)
         except BaseException:
@@ -121,8 +118,9 @@ class AppendStream:
         """Stop the threads and close the file, as it is."""
         if self._file < 0:
             return
-        for work in (self._to_hash, *[self._to_write] * WRITES):
-            work.put(None)
+        self._wait_for_all()
+        for _ in self._threads:
+            self._to_write.put(None)
         for thread in self._threads:
             thread.join()
         if self._unpin is not None:
@@ -133,17 +131,20 @@ class AppendStream:
     def _submit(self) -> None:
         block = _Block(self._current, self._filled, self.position - self._filled)
         self._submitted += 1
-        self._to_hash.put(block)
+        hashers().put(self._hashing, block.data, lambda: self._done_with(block))
         self._to_write.put(block)
         self._filled = 0
         self._current = self._free.get()
         self._raise_failure()
 
     def _drain(self) -> None:
+        self._wait_for_all()
+        self._raise_failure()
+
+    def _wait_for_all(self) -> None:
         while self._submitted:
             self._pending.acquire()
             self._submitted -= 1
-        self._raise_failure()
 
     def _raise_failure(self) -> None:
         if self._failure is None:
@@ -152,29 +153,29 @@ class AppendStream:
             raise no_space(self._path) from self._failure
         raise self._failure
 
-    def _work(self, work: queue.SimpleQueue[_Block | None], step: Callable[[_Block], None]) -> None:
-        while (block := work.get()) is not None:
+    def _write_blocks(self) -> None:
+        while (block := self._to_write.get()) is not None:
             try:
                 if self._failure is None:
-                    step(block)
+                    self._write_block(block)
             except BaseException as exc:
                 self._failure = exc
-            if block.done_by_both():
-                self._free.put(block.buffer)
-                self._pending.release()
+            self._done_with(block)
 
-    def _hash_block(self, block: _Block) -> None:
-        self._digest.update(block.buffer[: block.count].data)
+    def _done_with(self, block: _Block) -> None:
+        if block.done_by_both():
+            self._free.put(block.buffer)
+            self._pending.release()
 
     def _write_block(self, block: _Block) -> None:
         """At its place, and nothing beyond it: a second writer of the same file, such as one of a machine that was
         taken for dead, then changes no byte of it."""
-        whole = block.count // ALIGNMENT * ALIGNMENT
-        self._write(block.buffer[:whole], block.offset)
-        if whole < block.count:  # the end of the file
+        whole = len(block.data) // ALIGNMENT * ALIGNMENT
+        self._write(block.data[:whole], block.offset)
+        if whole < len(block.data):  # the end of the file
             if is_direct(self._file):
                 use_page_cache(self._file)
-            self._write(block.buffer[whole : block.count], block.offset + whole)
+            self._write(block.data[whole:], block.offset + whole)
 
     def _write(self, data: Bytes, offset: int) -> None:
         view, done = data.data, 0
@@ -192,7 +193,7 @@ class _Block:
     """A filled buffer on its way; free again once it is both hashed and written."""
 
     def __init__(self, buffer: Bytes, count: int, offset: int) -> None:
-        self.buffer, self.count, self.offset = buffer, count, offset
+        self.buffer, self.data, self.offset = buffer, buffer[:count], offset
         self._first_done = threading.Lock()
 
     def done_by_both(self) -> bool:

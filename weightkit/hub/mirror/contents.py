@@ -24,6 +24,7 @@ from weightkit.examine.checksums import shipped_manifest
 from weightkit.examine.stream import Reading, read_all
 from weightkit.examine.survey import survey
 from weightkit.hub.state import read_state
+from weightkit.sha256 import sha256
 
 #: Files above this are large whatever they are called: the hubs keep them apart from git, by SHA-256.
 LARGE_BYTES = 10 << 20
@@ -321,8 +322,8 @@ def _served_file(folder: Path, name: str, locked: LockedFile, before: Stamp | No
 class _Digest:
     """Hashes a file as it is read."""
 
-    def __init__(self) -> None:
-        self.sha256 = hashlib.sha256()
+    def __init__(self, size_bytes: int) -> None:
+        self.sha256 = sha256(size_bytes)
 
     def feed(self, offset: int, chunk: Bytes) -> None:
         self.sha256.update(chunk.data)
@@ -334,7 +335,7 @@ class _Digest:
 def _hash(folder: Path, names: Iterable[str], *, jobs: int | None, progress: bool) -> dict[str, LockedFile]:
     """Size and SHA-256 of files that nothing is recorded of."""
     sizes = {name: (folder / name).stat().st_size for name in names}
-    digests = {name: _Digest() for name in sizes}
+    digests = {name: _Digest(size) for name, size in sizes.items()}
     readings = [Reading(folder / name, [(0, sizes[name])], [digests[name]]) for name in sizes]
     raise_all("not served", read_all(readings, jobs=jobs, desc="hash", progress=progress), where=folder)
     return {name: LockedFile(sizes[name], digests[name].sha256.hexdigest()) for name in sizes}

@@ -1,0 +1,217 @@
+"""SHA-256 by our own code and threads: hashlib's digests whatever the pieces, and two files at once where they wait."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightkit import sha256 as hashing
+from weightkit.kernels import sha256_x86
+from weightkit.sha256 import Hashers, Line, Pairable, sha256
+
+
+@cache
+def code() -> sha256_x86.Compiled:
+    found = sha256_x86.compiled()
+    if found is None:
+        pytest.skip("a processor without SHA instructions")
+    return found
+
+
+def content(size: int, seed: int = 0) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.random.default_rng([size, seed]).integers(0, 256, size, dtype=np.uint8)
+
+
+def pairable() -> Pairable:
+    return Pairable(code())
+
+
+def hash_lines(hashers: Hashers, lines: list[Line], datas: list[list[np.ndarray]]) -> list[list[int]]:
+    """Put all pieces, in turn over the lines, and wait. By line, the numbers of its pieces as they were done."""
+    left = threading.Semaphore(0)
+    done: list[list[int]] = [[] for _ in lines]
+
+    def note(line: int, number: int) -> Callable[[], None]:
+        def noted() -> None:
+            done[line].append(number)
+            left.release()
+
+        return noted
+
+    for number in range(max(map(len, datas))):
+        for place, (line, pieces) in enumerate(zip(lines, datas, strict=True)):
+            if number < len(pieces):
+                hashers.put(line, pieces[number], note(place, number))
+    for _ in range(sum(map(len, datas))):
+        assert left.acquire(timeout=60)
+    return done
+
+
+@given(st.lists(st.integers(0, 300), max_size=8))
+def test_any_pieces_give_the_digest_of_hashlib(sizes: list[int]) -> None:
+    ours, theirs = pairable(), hashlib.sha256()
+    for number, size in enumerate(sizes):
+        piece = content(size, number)
+        ours.update(piece.data)
+        theirs.update(piece.data)
+        assert ours.hexdigest() == theirs.hexdigest()
+    assert ours.digest() == theirs.digest()
+
+
+def test_every_length_up_to_some_blocks() -> None:
+    data = content(260)
+    for size in range(len(data) + 1):
+        ours = pairable()
+        ours.update(data[:size].tobytes())
+        assert ours.hexdigest() == hashlib.sha256(data[:size].data).hexdigest(), size
+
+
+def test_the_lengths_of_large_files_are_counted_in_bits() -> None:
+    """Beyond 2**32 bits, the bytes of the length that smaller files leave zero."""
+    size, data = (1 << 29) + 5, np.zeros(1 << 20, np.uint8)
+    ours, theirs = pairable(), hashlib.sha256()
+    for start in range(0, size, len(data)):
+        piece = data[: size - start]
+        ours.update(piece.data)
+        theirs.update(piece.data)
+    assert ours.hexdigest() == theirs.hexdigest()
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    first = pairable()
+    first.update(b"abc" * 50)
+    twin = first.copy()
+    twin.update(b"d")
+    assert first.hexdigest() == hashlib.sha256(b"abc" * 50).hexdigest()
+    assert twin.hexdigest() == hashlib.sha256(b"abc" * 50 + b"d").hexdigest()
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_two_go_on_together_as_far_as_the_shorter(first_blocks: int, second_blocks: int) -> None:
+    datas = content(first_blocks * 64 + 7, 1), content(second_blocks * 64 + 9, 2)
+    first, second = pairable(), pairable()
+    first.begin(datas[0])
+    second.begin(datas[1])
+    first.go_on_with(second)
+    assert (first.blocks == 0) or (second.blocks == 0)
+    assert first_blocks - first.blocks == second_blocks - second.blocks == min(first_blocks, second_blocks)
+    first.go_on(first.blocks)
+    second.go_on(second.blocks)
+    assert first.hexdigest() == hashlib.sha256(datas[0].data).hexdigest()
+    assert second.hexdigest() == hashlib.sha256(datas[1].data).hexdigest()
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("apart", [0, 1, 3])
+@pytest.mark.parametrize("files", [1, 2, 5])
+def test_files_hashed_by_few_threads(monkeypatch: pytest.MonkeyPatch, most: int, apart: int, files: int) -> None:
+    """Pieces of odd sizes, from many lines: each has the digest of hashlib, its pieces done in their order."""
+    monkeypatch.setattr(hashing, "SLICE_BYTES", 4096)
+    pieces = [[content(70_001 * (number % 3) + 13 * file, number) for number in range(6)] for file in range(files)]
+    lines = [Line(pairable() if file != 3 else hashlib.sha256()) for file in range(files)]
+    done = hash_lines(Hashers(most=most, apart=apart), lines, pieces)
+    assert done == [list(range(6))] * files
+    for line, parts in zip(lines, pieces, strict=True):
+        assert line.digest.hexdigest() == hashlib.sha256(np.concatenate(parts).data).hexdigest()
+
+
+def test_files_that_wait_are_hashed_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, four files that all wait: no byte is hashed alone."""
+    alone, together = [], []
+    go_on, go_on_with = Pairable.go_on, Pairable.go_on_with
+
+    def counted_alone(self: Pairable, most: int) -> None:
+        before = self.blocks
+        go_on(self, most)
+        alone.append(before - self.blocks)
+
+    def counted_together(self: Pairable, other: Pairable) -> None:
+        before = self.blocks
+        go_on_with(self, other)
+        together.append(2 * (before - self.blocks))
+
+    monkeypatch.setattr(Pairable, "go_on", counted_alone)
+    monkeypatch.setattr(Pairable, "go_on_with", counted_together)
+    hashers = Hashers(most=1, apart=0)
+    hold, held = threading.Semaphore(0), threading.Semaphore(0)
+    lines = [Line(pairable()) for _ in range(5)]
+
+    def holding() -> None:
+        held.release()
+        hold.acquire()
+
+    hashers.put(lines[4], content(64), holding)
+    assert held.acquire(timeout=60)
+    alone.clear()
+    finished = threading.Semaphore(0)
+    for line in lines[:4]:
+        hashers.put(line, content(1 << 20), finished.release)
+    hold.release()
+    for _ in lines[:4]:
+        assert finished.acquire(timeout=60)
+    assert sum(together) == 4 * (1 << 20) // 64
+    assert sum(alone) == 0
+    assert {line.digest.hexdigest() for line in lines[:4]} == {hashlib.sha256(content(1 << 20).data).hexdigest()}
+
+
+def test_few_files_on_many_cores_are_hashed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pairable, "go_on_with", lambda *_: pytest.fail("two files on one core"))
+    lines = [Line(pairable()) for _ in range(3)]
+    hash_lines(Hashers(most=8, apart=4), lines, [[content(1 << 20)] * 4] * 3)
+    assert {line.digest.hexdigest() for line in lines} == {
+        hashlib.sha256(np.tile(content(1 << 20), 4).data).hexdigest()
+    }
+
+
+def test_a_long_update_waits_for_its_bytes() -> None:
+    """The caller may overwrite its buffer at once."""
+    ours, buffer = pairable(), content(3 << 20)
+    expected = hashlib.sha256(buffer.data)
+    ours.update(buffer.data)
+    buffer[:] = 0
+    ours.update(buffer.data)
+    expected.update(buffer.data)
+    assert ours.hexdigest() == expected.hexdigest()
+
+
+def test_many_threads_update_at_once() -> None:
+    datas = [content((4 << 20) + 17 * number, number) for number in range(6)]
+    found: dict[int, str] = {}
+
+    def work(number: int) -> None:
+        ours = pairable()
+        for _ in range(3):
+            ours.update(datas[number].data)
+        found[number] = ours.hexdigest()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(datas))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {number: hashlib.sha256(np.tile(data, 3).data).hexdigest() for number, data in enumerate(datas)}
+
+
+def test_small_files_and_other_processors_are_hashed_by_hashlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = type(hashlib.sha256())
+    assert isinstance(sha256(hashing.SMALL_BYTES - 1), plain)
+    monkeypatch.setattr(hashing, "compiled", lambda: None)
+    assert isinstance(sha256(1 << 40), plain)
+
+
+def test_code_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    code()
+    right = sha256_x86._Function._block
+    monkeypatch.setattr(sha256_x86._Function, "_block", lambda self, before, datas: right(self, before, datas[::-1]))
+    sha256_x86._compiled.cache_clear()
+    try:
+        assert sha256_x86.compiled() is None
+    finally:
+        sha256_x86._compiled.cache_clear()

@@ -1,0 +1,230 @@
+"""SHA-256 of large files, two of them on one core where the processor can.
+
+On few cores most of a conversion's time went into SHA-256. A core that hashes one file waits in every round for the
+round before; with a second file's rounds in between it does nearly twice as much (``kernels.sha256_x86``). So a few
+threads hash all files of a process, and once half the cores are at it, each of them takes a second file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+
+from weightkit.checkpoint.reading import Bytes
+from weightkit.kernels.sha256_x86 import BLOCK_BYTES, Compiled, compiled, digest_of, initial_state
+from weightkit.machine import usable_cores
+
+#: A thread that has one file looks for a second after so many bytes.
+SLICE_BYTES = 256 << 10
+#: A smaller file is not worth the time until the code is compiled: 0.15 s, once a process.
+SMALL_BYTES = 256 << 20
+
+
+class Digest(Protocol):
+    """What ``hashlib.sha256()`` returns. One thread at a time may use it."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Take in a flat run of bytes."""
+        ...
+
+    def digest(self) -> bytes:
+        """The SHA-256 of all bytes so far."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The same in hexadecimal digits."""
+        ...
+
+    def copy(self) -> Digest:
+        """Another of the same bytes so far."""
+        ...
+
+
+def sha256(size_bytes: int = SMALL_BYTES) -> Digest:
+    """The digest of a file of about ``size_bytes``, of which no byte is taken in yet."""
+    code = compiled() if size_bytes >= SMALL_BYTES else None
+    return hashlib.sha256() if code is None else Pairable(code)
+
+
+class Pairable:
+    """A digest that can be brought on together with another. What it takes in is begun, and then gone on with."""
+
+    def __init__(self, code: Compiled) -> None:
+        self._code = code
+        self._state = np.array(initial_state(), np.uint32)
+        self._bytes = 0
+        self._tail = b""  # less than a block
+        self._data = np.empty(0, np.uint8)
+        self.blocks = 0  # of the data, not taken in yet
+
+    def begin(self, data: Bytes) -> None:
+        """Take in what completes a block and keep what begins one; ``blocks`` whole ones are left."""
+        self._bytes += len(data)
+        if self._tail:
+            missing = BLOCK_BYTES - len(self._tail)
+            self._tail += data[:missing].tobytes()
+            data = data[missing:]
+            if len(self._tail) < BLOCK_BYTES:
+                return
+            self._take(np.frombuffer(self._tail, np.uint8))
+        self.blocks = len(data) // BLOCK_BYTES
+        self._data, self._tail = data, data[self.blocks * BLOCK_BYTES :].tobytes()
+
+    def go_on(self, most: int) -> None:
+        """Take in as many of the blocks left."""
+        count = min(most, self.blocks)
+        if count:
+            self._code.one(self._into, self._at, count)
+        self.blocks -= count
+
+    def go_on_with(self, other: Pairable) -> None:
+        """Both take in their blocks, until one of them has none left."""
+        count = min(self.blocks, other.blocks)
+        if count:
+            self._code.two(self._into, self._at, other._into, other._at, count)
+        self.blocks -= count
+        other.blocks -= count
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Take in a flat run of bytes, on another thread if it is long."""
+        flat = np.frombuffer(data, np.uint8)
+        if len(flat) > SLICE_BYTES:
+            taken = threading.Semaphore(0)
+            hashers().put(Line(self), flat, taken.release)
+            taken.acquire()
+        else:
+            self.begin(flat)
+            self.go_on(self.blocks)
+
+    def digest(self) -> bytes:
+        """The SHA-256 of all bytes so far."""
+        padding = b"\x80" + bytes((55 - self._bytes) % BLOCK_BYTES) + (8 * self._bytes).to_bytes(8, "big")
+        twin = self.copy()
+        twin._take(np.frombuffer(self._tail + padding, np.uint8))
+        return digest_of(twin._state.tolist())
+
+    def hexdigest(self) -> str:
+        """The same in hexadecimal digits."""
+        return self.digest().hex()
+
+    def copy(self) -> Pairable:
+        """Another of the same bytes so far."""
+        twin = Pairable(self._code)
+        twin._state, twin._tail, twin._bytes = self._state.copy(), self._tail, self._bytes
+        return twin
+
+    def _take(self, blocks: Bytes) -> None:
+        self._code.one(self._into, blocks.ctypes.data, len(blocks) // BLOCK_BYTES)
+
+    @property
+    def _into(self) -> int:
+        return self._state.ctypes.data
+
+    @property
+    def _at(self) -> int:
+        return self._data.ctypes.data + len(self._data) // BLOCK_BYTES * BLOCK_BYTES - self.blocks * BLOCK_BYTES
+
+
+class Line:
+    """What is to be hashed of one file, in order."""
+
+    def __init__(self, digest: Digest) -> None:
+        self.digest = digest
+        self.waiting: deque[tuple[Bytes, Callable[[], None]]] = (
+            deque()
+        )  # the first is at work, if a thread has the line
+
+
+class Hashers:
+    """The threads that hash.
+
+    Args:
+        most: so many there are at most.
+        apart: while fewer are at work, a thread takes one file.
+    """
+
+    def __init__(self, most: int, apart: int) -> None:
+        self._most, self._apart = most, apart
+        self._changed = threading.Condition()
+        self._threads = self._idle = 0
+        self._lines: deque[Line] = deque()  # that no thread has
+        self._taken: list[list[Line]] = []  # by each thread at work
+
+    def put(self, line: Line, data: Bytes, done: Callable[[], None]) -> None:
+        """Hash a flat run of bytes after those before it in the line; then call ``done``, on the thread that did."""
+        with self._changed:
+            line.waiting.append((data, done))
+            if len(line.waiting) == 1:
+                self._lines.append(line)
+                self._call_another()
+
+    def _call_another(self) -> None:
+        """Unless there is nothing to take, or a thread at work will take it."""
+        if not self._lines or (len(self._taken) >= self._apart and any(map(self._takes_second, self._taken))):
+            return
+        if self._idle:
+            self._changed.notify()
+        elif self._threads < self._most:
+            self._threads += 1
+            threading.Thread(target=self._work, daemon=True, name="sha256").start()
+
+    def _takes_second(self, lines: list[Line]) -> bool:
+        both = [*lines, self._lines[0]]
+        return len(both) == 2 and all(isinstance(line.digest, Pairable) for line in both)
+
+    def _work(self) -> None:
+        lines: list[Line] = []
+        while True:
+            with self._changed:
+                new = self._take(lines)
+            for line in new:
+                if isinstance(line.digest, Pairable):
+                    line.digest.begin(line.waiting[0][0])
+            for line in _hash(lines):
+                lines.remove(line)
+                line.waiting[0][1]()
+                with self._changed:
+                    line.waiting.popleft()
+                    if line.waiting:
+                        self._lines.append(line)
+
+    def _take(self, lines: list[Line]) -> list[Line]:
+        """Add to a thread's lines what it is to hash now; wait while it has none. Those that were added."""
+        before = len(lines)
+        if not lines:
+            self._taken = [others for others in self._taken if others is not lines]
+            while not self._lines:
+                self._idle += 1
+                self._changed.wait()
+                self._idle -= 1
+            lines.append(self._lines.popleft())
+            self._taken.append(lines)
+        if self._lines and len(self._taken) >= self._apart and self._takes_second(lines):
+            lines.append(self._lines.popleft())
+        self._call_another()
+        return lines[before:]
+
+
+def _hash(lines: list[Line]) -> list[Line]:
+    """Go on with one or two lines. Those of which the first run of bytes is taken in."""
+    match [line.digest for line in lines]:
+        case [Pairable() as first, Pairable() as second]:
+            first.go_on_with(second)
+        case [Pairable() as alone]:
+            alone.go_on(SLICE_BYTES // BLOCK_BYTES)
+        case [plain]:
+            plain.update(lines[0].waiting[0][0].data)
+    return [line for line in lines if not isinstance(line.digest, Pairable) or not line.digest.blocks]
+
+
+@cache
+def hashers() -> Hashers:
+    """Those of this process."""
+    cores = usable_cores()
+    return Hashers(most=cores, apart=max(1, cores // 2))
