@@ -17,6 +17,9 @@ from functools import cache
 from typing import Any
 
 BLOCK_BYTES = 64
+_NEVER = ctypes.c_int32(0)
+NEVER = ctypes.addressof(_NEVER)
+"""What to pass for ``stop`` by who means all of it."""
 
 
 @cache
@@ -50,8 +53,9 @@ class Compiled:
     """The machine code. All arguments are addresses, but for the number of blocks, which is at least 1.
 
     Attributes:
-        one: ``(state, data, blocks)`` takes so many blocks of 64 bytes into a state of 8 U32.
-        two: ``(state, data, state, data, blocks)`` takes so many of each stream into its own state.
+        one: ``(state, data, blocks, stop)`` takes so many blocks of 64 bytes into a state of 8 U32, or fewer if the I32
+            at ``stop`` becomes other than 0 meanwhile. Returns how many.
+        two: ``(state, data, state, data, blocks, stop)`` takes as many of each stream into its own state.
     """
 
     def __init__(self) -> None:
@@ -70,9 +74,9 @@ class Compiled:
         self.one = self._function("one", 1)
         self.two = self._function("two", 2)
 
-    def _function(self, name: str, streams: int) -> Callable[..., None]:
-        arguments = [ctypes.c_void_p] * (2 * streams) + [ctypes.c_int64]
-        return ctypes.CFUNCTYPE(None, *arguments)(self._engine.get_function_address(name))
+    def _function(self, name: str, streams: int) -> Callable[..., int]:
+        arguments = [ctypes.c_void_p] * (2 * streams) + [ctypes.c_int64, ctypes.c_void_p]
+        return ctypes.CFUNCTYPE(ctypes.c_int64, *arguments)(self._engine.get_function_address(name))
 
 
 _lock = threading.Lock()
@@ -104,8 +108,8 @@ def _is_right(code: Compiled) -> bool:
     datas = [(ctypes.c_uint8 * (size + BLOCK_BYTES)).from_buffer_copy(content + padding) for content in contents]
     states = [(ctypes.c_uint32 * 8)(*initial_state()) for _ in datas]
     places = [(ctypes.addressof(state), ctypes.addressof(data)) for state, data in zip(states, datas, strict=True)]
-    code.two(*places[0], *places[1], len(datas[0]) // BLOCK_BYTES)
-    code.one(*places[2], len(datas[2]) // BLOCK_BYTES)
+    code.two(*places[0], *places[1], len(datas[0]) // BLOCK_BYTES, NEVER)
+    code.one(*places[2], len(datas[2]) // BLOCK_BYTES, NEVER)
     found = [digest_of(state) for state in states]
     return found == [hashlib.sha256(content).digest() for content in contents]
 
@@ -129,9 +133,10 @@ class _Function:
         self._ir, self._module = ir, module
         self._words = ir.VectorType(ir.IntType(32), 4)
         self._count, pointer = ir.IntType(64), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer] * streams + [self._count])
+        word = ir.IntType(32)
+        kind = ir.FunctionType(self._count, [pointer, pointer] * streams + [self._count, word.as_pointer()])
         function = ir.Function(module, kind, name)
-        *places, blocks = function.args
+        *places, blocks, stop = function.args
         entry, loop, end = (function.append_basic_block(label) for label in ("entry", "loop", "end"))
         self._build = build = ir.IRBuilder(entry)
         states, datas = places[0::2], places[1::2]
@@ -150,13 +155,14 @@ class _Function:
             for half, value, result in zip(halves, first, last, strict=True):
                 half.add_incoming(value, entry)
                 half.add_incoming(result, loop)
-        build.cbranch(build.icmp_signed("<", following, blocks), loop, end)
+        may_go_on = build.icmp_signed("==", build.load_atomic(stop, "monotonic", 4), word(0))
+        build.cbranch(build.and_(build.icmp_signed("<", following, blocks), may_go_on), loop, end)
 
         build.position_at_end(end)
         for state, halves in zip(states, after, strict=True):
             for place, half in zip((0, 16), halves, strict=True):
                 self._store(half, state, place)
-        build.ret_void()
+        build.ret(following)
 
     def _block(self, before: Sequence[tuple[Any, Any]], datas: Sequence[Any]) -> list[tuple[Any, Any]]:
         """The states after one block of each stream."""

@@ -102,8 +102,8 @@ def test_two_go_on_together_as_far_as_the_shorter(first_blocks: int, second_bloc
     first.go_on_with(second)
     assert (first.blocks == 0) or (second.blocks == 0)
     assert first_blocks - first.blocks == second_blocks - second.blocks == min(first_blocks, second_blocks)
-    first.go_on(first.blocks)
-    second.go_on(second.blocks)
+    first.go_on()
+    second.go_on()
     assert first.hexdigest() == hashlib.sha256(datas[0].data).hexdigest()
     assert second.hexdigest() == hashlib.sha256(datas[1].data).hexdigest()
 
@@ -111,9 +111,8 @@ def test_two_go_on_together_as_far_as_the_shorter(first_blocks: int, second_bloc
 @pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("apart", [0, 1, 3])
 @pytest.mark.parametrize("files", [1, 2, 5])
-def test_files_hashed_by_few_threads(monkeypatch: pytest.MonkeyPatch, most: int, apart: int, files: int) -> None:
+def test_files_hashed_by_few_threads(most: int, apart: int, files: int) -> None:
     """Pieces of odd sizes, from many lines: each has the digest of hashlib, its pieces done in their order."""
-    monkeypatch.setattr(hashing, "SLICE_BYTES", 4096)
     pieces = [[content(70_001 * (number % 3) + 13 * file, number) for number in range(6)] for file in range(files)]
     lines = [Line(pairable() if file != 3 else hashlib.sha256()) for file in range(files)]
     done = hash_lines(Hashers(most=most, apart=apart), lines, pieces)
@@ -127,9 +126,9 @@ def test_files_that_wait_are_hashed_in_pairs(monkeypatch: pytest.MonkeyPatch) ->
     alone, together = [], []
     go_on, go_on_with = Pairable.go_on, Pairable.go_on_with
 
-    def counted_alone(self: Pairable, most: int) -> None:
+    def counted_alone(self: Pairable, stop: int) -> None:
         before = self.blocks
-        go_on(self, most)
+        go_on(self, stop)
         alone.append(before - self.blocks)
 
     def counted_together(self: Pairable, other: Pairable) -> None:

@@ -17,11 +17,11 @@ from typing import Protocol
 import numpy as np
 
 from weightkit.checkpoint.reading import Bytes
-from weightkit.kernels.sha256_x86 import BLOCK_BYTES, Compiled, compiled, digest_of, initial_state
+from weightkit.kernels.sha256_x86 import BLOCK_BYTES, NEVER, Compiled, compiled, digest_of, initial_state
 from weightkit.machine import usable_cores
 
-#: A thread that has one file looks for a second after so many bytes.
-SLICE_BYTES = 256 << 10
+#: So many bytes or fewer are hashed by who has them.
+SHORT_BYTES = 256 << 10
 #: A smaller file is not worth the time until the code is compiled: 0.15 s, once a process.
 SMALL_BYTES = 256 << 20
 
@@ -76,31 +76,29 @@ class Pairable:
         self.blocks = len(data) // BLOCK_BYTES
         self._data, self._tail = data, data[self.blocks * BLOCK_BYTES :].tobytes()
 
-    def go_on(self, most: int) -> None:
-        """Take in as many of the blocks left."""
-        count = min(most, self.blocks)
-        if count:
-            self._code.one(self._into, self._at, count)
-        self.blocks -= count
+    def go_on(self, stop: int = NEVER) -> None:
+        """Take in the blocks left, until the I32 at the address ``stop`` is not 0."""
+        if self.blocks:
+            self.blocks -= self._code.one(self._into, self._at, self.blocks, stop)
 
     def go_on_with(self, other: Pairable) -> None:
         """Both take in their blocks, until one of them has none left."""
         count = min(self.blocks, other.blocks)
         if count:
-            self._code.two(self._into, self._at, other._into, other._at, count)
+            self._code.two(self._into, self._at, other._into, other._at, count, NEVER)
         self.blocks -= count
         other.blocks -= count
 
     def update(self, data: bytes | memoryview, /) -> None:
         """Take in a flat run of bytes, on another thread if it is long."""
         flat = np.frombuffer(data, np.uint8)
-        if len(flat) > SLICE_BYTES:
+        if len(flat) > SHORT_BYTES:
             taken = threading.Semaphore(0)
             hashers().put(Line(self), flat, taken.release)
             taken.acquire()
         else:
             self.begin(flat)
-            self.go_on(self.blocks)
+            self.go_on()
 
     def digest(self) -> bytes:
         """The SHA-256 of all bytes so far."""
@@ -120,7 +118,7 @@ class Pairable:
         return twin
 
     def _take(self, blocks: Bytes) -> None:
-        self._code.one(self._into, blocks.ctypes.data, len(blocks) // BLOCK_BYTES)
+        self._code.one(self._into, blocks.ctypes.data, len(blocks) // BLOCK_BYTES, NEVER)
 
     @property
     def _into(self) -> int:
@@ -155,6 +153,7 @@ class Hashers:
         self._threads = self._idle = 0
         self._lines: deque[Line] = deque()  # that no thread has
         self._taken: list[list[Line]] = []  # by each thread at work
+        self._second_waits = np.zeros(1, np.int32)  # stops who hashes one file, to take a second
 
     def put(self, line: Line, data: Bytes, done: Callable[[], None]) -> None:
         """Hash a flat run of bytes after those before it in the line; then call ``done``, on the thread that did."""
@@ -166,9 +165,11 @@ class Hashers:
 
     def _call_another(self) -> None:
         """Unless there is nothing to take, or a thread at work will take it."""
-        if not self._lines or (len(self._taken) >= self._apart and any(map(self._takes_second, self._taken))):
+        if not self._lines:
             return
-        if self._idle:
+        if len(self._taken) >= self._apart and any(map(self._takes_second, self._taken)):
+            self._second_waits[0] = 1
+        elif self._idle:
             self._changed.notify()
         elif self._threads < self._most:
             self._threads += 1
@@ -186,7 +187,7 @@ class Hashers:
             for line in new:
                 if isinstance(line.digest, Pairable):
                     line.digest.begin(line.waiting[0][0])
-            for line in _hash(lines):
+            for line in _hash(lines, self._second_waits.ctypes.data):
                 lines.remove(line)
                 line.waiting[0][1]()
                 with self._changed:
@@ -207,17 +208,18 @@ class Hashers:
             self._taken.append(lines)
         if self._lines and len(self._taken) >= self._apart and self._takes_second(lines):
             lines.append(self._lines.popleft())
+        self._second_waits[0] = 0
         self._call_another()
         return lines[before:]
 
 
-def _hash(lines: list[Line]) -> list[Line]:
+def _hash(lines: list[Line], second_waits: int) -> list[Line]:
     """Go on with one or two lines. Those of which the first run of bytes is taken in."""
     match [line.digest for line in lines]:
         case [Pairable() as first, Pairable() as second]:
             first.go_on_with(second)
         case [Pairable() as alone]:
-            alone.go_on(SLICE_BYTES // BLOCK_BYTES)
+            alone.go_on(second_waits)
         case [plain]:
             plain.update(lines[0].waiting[0][0].data)
     return [line for line in lines if not isinstance(line.digest, Pairable) or not line.digest.blocks]
