@@ -198,11 +198,30 @@ def test_many_threads_update_at_once() -> None:
     assert found == {number: hashlib.sha256(np.tile(data, 3).data).hexdigest() for number, data in enumerate(datas)}
 
 
-def test_small_files_and_other_processors_are_hashed_by_hashlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = type(hashlib.sha256())
-    assert isinstance(sha256(hashing.SMALL_BYTES - 1), plain)
+@pytest.mark.parametrize(
+    ("size_bytes", "cores", "kind"),
+    [
+        (1 << 40, 2, Pairable),
+        (1 << 40, 14, Pairable),
+        (1 << 40, 16, type(hashlib.sha256())),
+        (hashing.SMALL_BYTES - 1, 2, type(hashlib.sha256())),
+    ],
+)
+def test_large_files_on_few_cores_are_hashed_in_pairs(
+    monkeypatch: pytest.MonkeyPatch, size_bytes: int, cores: int, kind: type
+) -> None:
+    code()
+    monkeypatch.setattr(hashing, "usable_cores", lambda: cores)
+    hashing.hashers.cache_clear()
+    try:
+        assert isinstance(sha256(size_bytes), kind)
+    finally:
+        hashing.hashers.cache_clear()
+
+
+def test_other_processors_use_hashlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "compiled", lambda: None)
-    assert isinstance(sha256(1 << 40), plain)
+    assert isinstance(sha256(1 << 40), type(hashlib.sha256()))
 
 
 def test_code_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

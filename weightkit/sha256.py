@@ -1,8 +1,9 @@
-"""SHA-256 of large files, two of them on one core where the processor can.
+"""SHA-256 of large files, two of them on one core where cores are few.
 
 On few cores most of a conversion's time went into SHA-256. A core that hashes one file waits in every round for the
 round before; with a second file's rounds in between it does nearly twice as much (``kernels.sha256_x86``). So a few
-threads hash all files of a process, and once half the cores are at it, each of them takes a second file.
+threads hash all files of a process, and once half the cores are at it, each of them takes a second file. Where half the
+cores are as many as files in work, nothing is gained: hashlib hashes them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from weightkit.checkpoint.reading import Bytes
 from weightkit.kernels.sha256_x86 import BLOCK_BYTES, NEVER, Compiled, compiled, digest_of, initial_state
-from weightkit.machine import usable_cores
+from weightkit.machine import MAX_JOBS, usable_cores
 
 #: So many bytes or fewer are hashed by who has them.
 SHORT_BYTES = 256 << 10
@@ -48,7 +49,7 @@ class Digest(Protocol):
 
 def sha256(size_bytes: int = SMALL_BYTES) -> Digest:
     """The digest of a file of about ``size_bytes``, of which no byte is taken in yet."""
-    code = compiled() if size_bytes >= SMALL_BYTES else None
+    code = compiled() if size_bytes >= SMALL_BYTES and hashers().apart < MAX_JOBS else None
     return hashlib.sha256() if code is None else Pairable(code)
 
 
@@ -148,7 +149,7 @@ class Hashers:
     """
 
     def __init__(self, most: int, apart: int) -> None:
-        self._most, self._apart = most, apart
+        self._most, self.apart = most, apart
         self._changed = threading.Condition()
         self._threads = self._idle = 0
         self._lines: deque[Line] = deque()  # that no thread has
@@ -167,7 +168,7 @@ class Hashers:
         """Unless there is nothing to take, or a thread at work will take it."""
         if not self._lines:
             return
-        if len(self._taken) >= self._apart and any(map(self._takes_second, self._taken)):
+        if len(self._taken) >= self.apart and any(map(self._takes_second, self._taken)):
             self._second_waits[0] = 1
         elif self._idle:
             self._changed.notify()
@@ -206,7 +207,7 @@ class Hashers:
                 self._idle -= 1
             lines.append(self._lines.popleft())
             self._taken.append(lines)
-        if self._lines and len(self._taken) >= self._apart and self._takes_second(lines):
+        if self._lines and len(self._taken) >= self.apart and self._takes_second(lines):
             lines.append(self._lines.popleft())
         self._second_waits[0] = 0
         self._call_another()
