@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("read_bytes", type=int, help="at most what the folder holds")
     parser.add_argument("write_bytes", type=int)
-    parser.add_argument("--threads", type=int, default=min(8, len(os.sched_getaffinity(0))))
+    parser.add_argument("--threads", type=int, default=min(8, 2 * len(os.sched_getaffinity(0))))
     parser.add_argument("--direct", action="store_true")
     args = parser.parse_args()
     args.target.mkdir(parents=True)
