@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -80,6 +81,15 @@ class Compiled:
 
 
 _lock = threading.Lock()
+
+
+def _forget() -> None:
+    """In a forked process, whose parent may have been compiling."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def compiled() -> Compiled | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import threading
+import weakref
 from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightkit import sha256 as hashing
 from weightkit.kernels import sha256_x86
-from weightkit.sha256 import Hashers, Line, Pairable, sha256
+from weightkit.sha256 import Hashers, Line, Pairable, hash_apart, sha256
 
 
 @cache
@@ -31,6 +34,12 @@ def content(size: int, seed: int = 0) -> np.ndarray[tuple[int], np.dtype[np.uint
 
 def pairable() -> Pairable:
     return Pairable(code())
+
+
+def with_cores(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    """Threads of a process on so many cores, until the test ends."""
+    threads = Hashers(most=cores, apart=cores)
+    monkeypatch.setattr(hashing, "hashers", lambda: threads)
 
 
 def hash_lines(hashers: Hashers, lines: list[Line], datas: list[list[np.ndarray]]) -> list[list[int]]:
@@ -54,6 +63,7 @@ def hash_lines(hashers: Hashers, lines: list[Line], datas: list[list[np.ndarray]
     return done
 
 
+@settings(deadline=None)  # the first compiles
 @given(st.lists(st.integers(0, 300), max_size=8))
 def test_any_pieces_give_the_digest_of_hashlib(sizes: list[int]) -> None:
     ours, theirs = pairable(), hashlib.sha256()
@@ -93,6 +103,7 @@ def test_a_copy_goes_its_own_way() -> None:
     assert twin.hexdigest() == hashlib.sha256(b"abc" * 50 + b"d").hexdigest()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_two_go_on_together_as_far_as_the_shorter(first_blocks: int, second_blocks: int) -> None:
     datas = content(first_blocks * 64 + 7, 1), content(second_blocks * 64 + 9, 2)
@@ -160,6 +171,51 @@ def test_files_that_wait_are_hashed_in_pairs(monkeypatch: pytest.MonkeyPatch) ->
     assert {line.digest.hexdigest() for line in lines[:4]} == {hashlib.sha256(content(1 << 20).data).hexdigest()}
 
 
+@pytest.mark.parametrize("stop", [1, -1])
+def test_who_hashes_alone_stops_after_a_block_when_told(stop: int) -> None:
+    data, word = content(50 * 64 + 3), np.array([stop], np.int32)
+    ours = pairable()
+    ours.begin(data)
+    for left in range(49, -1, -1):
+        ours.go_on(word.ctypes.data)
+        assert ours.blocks == left
+    assert ours.hexdigest() == hashlib.sha256(data.data).hexdigest()
+
+
+def test_who_hashes_alone_takes_a_second_file_midway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long piece is at work when a short one comes: the thread is stopped for it, once, and then let run."""
+    hashers = Hashers(most=1, apart=0)
+    go_on, go_on_with = Pairable.go_on, Pairable.go_on_with
+    alone, left, begun, put = [], [], threading.Event(), threading.Event()
+
+    def watched_alone(self: Pairable, stop: int) -> None:
+        if not alone:
+            begun.set()
+            assert put.wait(60)
+        before = self.blocks
+        go_on(self, stop)
+        alone.append(before - self.blocks)
+
+    def watched_together(self: Pairable, other: Pairable) -> None:
+        left.append((self.blocks, other.blocks))
+        go_on_with(self, other)
+
+    monkeypatch.setattr(Pairable, "go_on", watched_alone)
+    monkeypatch.setattr(Pairable, "go_on_with", watched_together)
+    long, short, done = content(8 << 20), content(1 << 20), threading.Semaphore(0)
+    lines = [Line(pairable()), Line(pairable())]
+    hashers.put(lines[0], long, done.release)
+    assert begun.wait(60)
+    hashers.put(lines[1], short, done.release)
+    put.set()
+    for _ in lines:
+        assert done.acquire(timeout=60)
+    blocks = len(long) // 64, len(short) // 64
+    assert left == [(blocks[0] - 1, blocks[1])]  # stopped after one block
+    assert alone == [1, blocks[0] - 1 - blocks[1]]  # and not again
+    assert [line.digest.hexdigest() for line in lines] == [hashlib.sha256(d.data).hexdigest() for d in (long, short)]
+
+
 def test_few_files_on_many_cores_are_hashed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pairable, "go_on_with", lambda *_: pytest.fail("two files on one core"))
     lines = [Line(pairable()) for _ in range(3)]
@@ -178,6 +234,51 @@ def test_a_long_update_waits_for_its_bytes() -> None:
     ours.update(buffer.data)
     expected.update(buffer.data)
     assert ours.hexdigest() == expected.hexdigest()
+
+
+def test_what_was_hashed_is_not_kept() -> None:
+    """A verify of 163 files has as many digests to its end."""
+    ours, buffer = pairable(), content(3 << 20)
+    alive = weakref.ref(buffer)
+    ours.update(buffer.data)
+    del buffer
+    assert alive() is None
+    assert ours.hexdigest() == hashlib.sha256(content(3 << 20).data).hexdigest()
+
+
+def test_a_forked_process_hashes_with_threads_of_its_own() -> None:
+    ours = pairable()
+    ours.update(content(3 << 20).data)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        theirs = pairable()
+        theirs.update(content(3 << 20).data)
+        os._exit(0 if theirs.hexdigest() == ours.hexdigest() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_no_thread_to_be_had_is_said_and_nothing_is_left_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashers, line, done = Hashers(most=2, apart=1), Line(pairable()), threading.Semaphore(0)
+    start = threading.Thread.start
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="new thread"):
+        hashers.put(line, content(1 << 20), done.release)
+    assert not line.waiting
+    monkeypatch.setattr(threading.Thread, "start", start)
+    hashers.put(line, content(1 << 20), done.release)
+    assert done.acquire(timeout=60)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    other = Line(pairable())
+    for each in (line, other):  # the one thread there is does both
+        hashers.put(each, content(1 << 20), done.release)
+    for _ in range(2):
+        assert done.acquire(timeout=60)
+    assert other.digest.hexdigest() == hashlib.sha256(content(1 << 20).data).hexdigest()
 
 
 def test_many_threads_update_at_once() -> None:
@@ -202,8 +303,8 @@ def test_many_threads_update_at_once() -> None:
     ("size_bytes", "cores", "kind"),
     [
         (1 << 40, 2, Pairable),
-        (1 << 40, 14, Pairable),
-        (1 << 40, 16, type(hashlib.sha256())),
+        (1 << 40, 7, Pairable),
+        (1 << 40, 8, type(hashlib.sha256())),
         (hashing.SMALL_BYTES - 1, 2, type(hashlib.sha256())),
     ],
 )
@@ -211,15 +312,19 @@ def test_large_files_on_few_cores_are_hashed_in_pairs(
     monkeypatch: pytest.MonkeyPatch, size_bytes: int, cores: int, kind: type
 ) -> None:
     code()
-    monkeypatch.setattr(hashing, "usable_cores", lambda: cores)
-    hashing.hashers.cache_clear()
-    try:
-        assert isinstance(sha256(size_bytes), kind)
-    finally:
-        hashing.hashers.cache_clear()
+    with_cores(monkeypatch, cores)
+    assert isinstance(sha256(size_bytes), kind)
+
+
+def test_a_process_with_one_file_at_a_time_leaves_it_to_hashlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    code()
+    with_cores(monkeypatch, 2)
+    hash_apart()
+    assert isinstance(sha256(1 << 40), type(hashlib.sha256()))
 
 
 def test_other_processors_use_hashlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cores(monkeypatch, 2)
     monkeypatch.setattr(hashing, "compiled", lambda: None)
     assert isinstance(sha256(1 << 40), type(hashlib.sha256()))
 

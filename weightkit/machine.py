@@ -6,19 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
-MAX_JOBS = 8
+#: Files in work at once where the user names no number: enough for a disk. Few cores hash them in pairs.
+JOBS = 8
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))
-
-
-def default_jobs(cores: int | None = None) -> int:
-    """Files in work at once where the user names no number: two for each usable core, which hashes two in little more
-    time than one, and at most 8."""
-    return min(MAX_JOBS, 2 * (cores or usable_cores()))
 
 
 def free_disk_bytes(target: Path) -> int:

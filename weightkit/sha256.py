@@ -1,14 +1,15 @@
 """SHA-256 of large files, two of them on one core where cores are few.
 
 On few cores most of a conversion's time went into SHA-256. A core that hashes one file waits in every round for the
-round before; with a second file's rounds in between it does nearly twice as much (``kernels.sha256_x86``). So a few
-threads hash all files of a process, and once half the cores are at it, each of them takes a second file. Where half the
-cores are as many as files in work, nothing is gained: hashlib hashes them.
+round before; with a second file's rounds in between it does nearly twice as much (``kernels.sha256_x86``). So as many
+threads as cores hash all files of a process, and where more files wait each of them takes a second one. On as many
+cores as files in work nothing is gained: hashlib hashes them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,12 +20,13 @@ import numpy as np
 
 from weightkit.checkpoint.reading import Bytes
 from weightkit.kernels.sha256_x86 import BLOCK_BYTES, NEVER, Compiled, compiled, digest_of, initial_state
-from weightkit.machine import MAX_JOBS, usable_cores
+from weightkit.machine import JOBS, usable_cores
 
 #: So many bytes or fewer are hashed by who has them.
 SHORT_BYTES = 256 << 10
 #: A smaller file is not worth the time until the code is compiled: 0.15 s, once a process.
 SMALL_BYTES = 256 << 20
+_NOTHING = np.empty(0, np.uint8)
 
 
 class Digest(Protocol):
@@ -49,8 +51,13 @@ class Digest(Protocol):
 
 def sha256(size_bytes: int = SMALL_BYTES) -> Digest:
     """The digest of a file of about ``size_bytes``, of which no byte is taken in yet."""
-    code = compiled() if size_bytes >= SMALL_BYTES and hashers().apart < MAX_JOBS else None
+    code = compiled() if size_bytes >= SMALL_BYTES and hashers().apart < JOBS else None
     return hashlib.sha256() if code is None else Pairable(code)
+
+
+def hash_apart() -> None:
+    """From now on leave all files to hashlib: this process has one in work at a time."""
+    hashers().apart = JOBS
 
 
 class Pairable:
@@ -61,7 +68,7 @@ class Pairable:
         self._state = np.array(initial_state(), np.uint32)
         self._bytes = 0
         self._tail = b""  # less than a block
-        self._data = np.empty(0, np.uint8)
+        self._data = _NOTHING
         self.blocks = 0  # of the data, not taken in yet
 
     def begin(self, data: Bytes) -> None:
@@ -75,20 +82,21 @@ class Pairable:
                 return
             self._take(np.frombuffer(self._tail, np.uint8))
         self.blocks = len(data) // BLOCK_BYTES
-        self._data, self._tail = data, data[self.blocks * BLOCK_BYTES :].tobytes()
+        self._tail = data[self.blocks * BLOCK_BYTES :].tobytes()
+        self._data = data if self.blocks else _NOTHING
 
     def go_on(self, stop: int = NEVER) -> None:
         """Take in the blocks left, until the I32 at the address ``stop`` is not 0."""
         if self.blocks:
-            self.blocks -= self._code.one(self._into, self._at, self.blocks, stop)
+            self._took(self._code.one(self._into, self._at, self.blocks, stop))
 
     def go_on_with(self, other: Pairable) -> None:
         """Both take in their blocks, until one of them has none left."""
         count = min(self.blocks, other.blocks)
         if count:
             self._code.two(self._into, self._at, other._into, other._at, count, NEVER)
-        self.blocks -= count
-        other.blocks -= count
+        self._took(count)
+        other._took(count)
 
     def update(self, data: bytes | memoryview, /) -> None:
         """Take in a flat run of bytes, on another thread if it is long."""
@@ -117,6 +125,11 @@ class Pairable:
         twin = Pairable(self._code)
         twin._state, twin._tail, twin._bytes = self._state.copy(), self._tail, self._bytes
         return twin
+
+    def _took(self, count: int) -> None:
+        self.blocks -= count
+        if not self.blocks:
+            self._data = _NOTHING  # it belongs to who gave it, and may be large
 
     def _take(self, blocks: Bytes) -> None:
         self._code.one(self._into, blocks.ctypes.data, len(blocks) // BLOCK_BYTES, NEVER)
@@ -157,24 +170,45 @@ class Hashers:
         self._second_waits = np.zeros(1, np.int32)  # stops who hashes one file, to take a second
 
     def put(self, line: Line, data: Bytes, done: Callable[[], None]) -> None:
-        """Hash a flat run of bytes after those before it in the line; then call ``done``, on the thread that did."""
+        """Hash a flat run of bytes after those before it in the line; then call ``done``, on the thread that did.
+
+        Raises ``RuntimeError`` where the system has no thread for it.
+        """
         with self._changed:
             line.waiting.append((data, done))
-            if len(line.waiting) == 1:
-                self._lines.append(line)
+            if len(line.waiting) > 1:
+                return
+            self._lines.append(line)
+            try:
                 self._call_another()
+            except RuntimeError:
+                self._lines.pop()
+                line.waiting.pop()
+                raise
 
     def _call_another(self) -> None:
         """Unless there is nothing to take, or a thread at work will take it."""
         if not self._lines:
             return
-        if len(self._taken) >= self.apart and any(map(self._takes_second, self._taken)):
+        if self._may_pair() and any(map(self._takes_second, self._taken)):
             self._second_waits[0] = 1
         elif self._idle:
             self._changed.notify()
         elif self._threads < self._most:
-            self._threads += 1
+            self._start()
+
+    def _start(self) -> None:
+        """One more thread. Raises ``RuntimeError`` where there can be none, and none is there that takes its work."""
+        self._threads += 1
+        try:
             threading.Thread(target=self._work, daemon=True, name="sha256").start()
+        except RuntimeError:
+            self._threads -= 1
+            if not self._threads:
+                raise
+
+    def _may_pair(self) -> bool:
+        return sum(map(bool, self._taken)) >= self.apart
 
     def _takes_second(self, lines: list[Line]) -> bool:
         both = [*lines, self._lines[0]]
@@ -207,7 +241,7 @@ class Hashers:
                 self._idle -= 1
             lines.append(self._lines.popleft())
             self._taken.append(lines)
-        if self._lines and len(self._taken) >= self.apart and self._takes_second(lines):
+        if self._lines and self._may_pair() and self._takes_second(lines):
             lines.append(self._lines.popleft())
         self._second_waits[0] = 0
         self._call_another()
@@ -227,7 +261,25 @@ def _hash(lines: list[Line], second_waits: int) -> list[Line]:
 
 
 @cache
+def _hashers() -> Hashers:
+    cores = usable_cores()
+    return Hashers(most=cores, apart=cores)
+
+
+_first = threading.Lock()
+
+
 def hashers() -> Hashers:
     """Those of this process."""
-    cores = usable_cores()
-    return Hashers(most=cores, apart=max(1, cores // 2))
+    with _first:
+        return _hashers()
+
+
+def _forget() -> None:
+    """A process that was forked has none of the threads, and perhaps a lock that nobody will release."""
+    global _first
+    _first = threading.Lock()
+    _hashers.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -17,7 +17,7 @@ the next command reads and, with ``--compare``, what every tensor of the others'
 
 The ceiling of a conversion is the larger of two times, both measured in the same rounds on as many bytes:
   - reading the bytes that it needs and writing those that it leaves, by plain_io.py with as many threads as ours has
-    jobs, through the page cache or with O_DIRECT, whichever is faster;
+    jobs, through the page cache or with O_DIRECT (cold: for reading too), whichever is fastest;
   - SHA-256 of what it writes on all cores at once, from memory, as every conversion hashes what it writes.
 So it is what the disk alone, or the cores alone, would allow. On few cores, which hashing shares with the kernel's work
 for I/O, it may be out of reach: the table shows the CPU seconds of both. The ceiling of verify is ``sha256sum`` or
@@ -76,7 +76,7 @@ CP = "cp -r"
 FOLDER = "bench_convert"
 #: Seconds at the end in which nothing runs any more.
 RESERVE_S = 10
-PLAIN = ("plain I/O", "plain I/O, O_DIRECT")
+PLAIN = ("plain I/O", "plain I/O, O_DIRECT", "plain I/O, O_DIRECT both ways")
 SUMS = ("sha256sum", "openssl dgst")
 
 CT_CODE = """
@@ -316,6 +316,8 @@ class Bench:
         plain = (sys.executable, str(HERE / "plain_io.py"), str(source), "{out}", *sizes)
         yield Contender(PLAIN[0], plain)
         yield Contender(PLAIN[1], (*plain, "--direct"))
+        if self.args.cache == "cold":
+            yield Contender(PLAIN[2], (*plain, "--direct", "--direct-reads"))
         if not task.computes:
             yield Contender(CP, ("cp", "-r", str(source), "{out}"))
 

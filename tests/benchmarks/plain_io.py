@@ -1,10 +1,10 @@
 """The machine's own time: read so many bytes of a folder and write so many, in large pieces, and do nothing else.
 
-    python tests/benchmarks/plain_io.py SRC DST READ_BYTES WRITE_BYTES [--threads N] [--direct]
+    python tests/benchmarks/plain_io.py SRC DST READ_BYTES WRITE_BYTES [--threads N] [--direct] [--direct-reads]
 
 A thread reads a piece of 8 MiB into a buffer that it keeps, then writes from it so many bytes as keep input and output
 in step. Buffers lie in huge pages, where there are any. ``--direct`` writes with O_DIRECT into space that was reserved
-(fallocate), else through the page cache.
+(fallocate), else through the page cache; ``--direct-reads`` reads with it, for files that are not cached.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("read_bytes", type=int, help="at most what the folder holds")
     parser.add_argument("write_bytes", type=int)
-    parser.add_argument("--threads", type=int, default=min(8, 2 * len(os.sched_getaffinity(0))))
+    parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--direct", action="store_true")
+    parser.add_argument("--direct-reads", action="store_true")
     args = parser.parse_args()
     args.target.mkdir(parents=True)
     sources = sorted(path for path in args.source.rglob("*") if path.is_file())
@@ -62,8 +63,9 @@ def main() -> None:
             piece = next_piece()
             if piece is None:
                 break
-            file = os.open(piece[0], os.O_RDONLY)
-            count = os.preadv(file, [buffer[: piece[2]]], piece[1])
+            file = os.open(piece[0], os.O_RDONLY | (os.O_DIRECT if args.direct_reads else 0))
+            asked = -(-piece[2] // ALIGNMENT) * ALIGNMENT if args.direct_reads else piece[2]
+            count = min(piece[2], os.preadv(file, [buffer[:asked]], piece[1]))
             os.close(file)
             owed += count * ratio
             step = min(largest, int(owed) // ALIGNMENT * ALIGNMENT)

@@ -61,9 +61,7 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="Where to compute."
 )
-jobs_option = click.option(
-    "--jobs", type=click.IntRange(min=1), help="Files in work at once.  [default: twice the cores, at most 8]"
-)
+jobs_option = click.option("--jobs", type=click.IntRange(min=1), help="Files in work at once.  [default: 8]")
 #: Where a command's files are worked on: ``executor`` and ``address``, which ``require_executor`` checks.
 executor_options = _chain(
     click.option(

@@ -18,7 +18,7 @@ from weightkit.cluster.news import News
 from weightkit.cluster.sight import INSTALL
 from weightkit.compute.engines import DeviceName, reason
 from weightkit.errors import ClusterError, DeviceError, Interrupted, SpaceError, WeightkitError, raise_all
-from weightkit.machine import MAX_JOBS
+from weightkit.machine import JOBS
 from weightkit.units import counted, human_bytes
 
 #: A file is tried so often before the run gives up on it.
@@ -82,7 +82,7 @@ class Room:
 
 def room_on(node: Node, needs: Needs, jobs: int | None) -> Room:
     """What a node has room for, by its CPUs and memory; ``jobs`` tasks at most, by default 8."""
-    tasks = min(jobs or MAX_JOBS, int(node.cpus), int(node.memory_bytes // max(1, needs.memory_bytes)))
+    tasks = min(jobs or JOBS, int(node.cpus), int(node.memory_bytes // max(1, needs.memory_bytes)))
     if needs.device in (None, "cpu") or not tasks:
         return Room(node, tasks, 0.0)
     if node.gpus < 1:

@@ -21,6 +21,7 @@ from weightkit.compute.engines import UNUSABLE, DeviceName, cuda_errors, reason
 from weightkit.compute.starting import StartingEngine, has_kernel, shown_names
 from weightkit.durable import STATE_DIR, is_held
 from weightkit.errors import ClusterError, DeviceError
+from weightkit.sha256 import hash_apart
 from weightkit.writer.executor import disk_errors
 from weightkit.writer.files import AHEAD_BYTES, FileWriter
 from weightkit.writer.journal import Progress
@@ -92,6 +93,7 @@ def write_file(order: Order) -> Iterator[News]:
 
 
 def _fill(order: Order, desk: Desk) -> str:
+    hash_apart()
     target = order.place.target
     with (
         _environment(order.endpoints),

@@ -17,6 +17,7 @@ from weightkit.errors import PlanError, WeightkitError
 from weightkit.examine.replicas import Digests
 from weightkit.examine.stream import CHUNK_BYTES, Reading, read_one
 from weightkit.progress import Progress as ProgressBar
+from weightkit.sha256 import hash_apart
 from weightkit.version import build
 
 #: Of a worker's process: Python and Ray, and what consumers hold of a file.
@@ -107,6 +108,7 @@ def read_file(reading: Reading) -> Iterator[News]:
 
 
 def _read(reading: Reading, desk: Desk) -> Found:
+    hash_apart()
     problems = read_one(reading, desk.wrote, desk.stop)
     desk.check_stop()
     consumers = enumerate(reading.consumers)

@@ -24,7 +24,7 @@ from weightkit.checkpoint.once import ReadAhead, open_once
 from weightkit.checkpoint.reading import Bytes
 from weightkit.errors import FormatError, WeightkitError
 from weightkit.layouts.opening import FETCH, READABLE
-from weightkit.machine import default_jobs
+from weightkit.machine import JOBS
 from weightkit.progress import Progress
 from weightkit.remote.path import RemotePath
 
@@ -87,7 +87,7 @@ def read_all(readings: Sequence[Reading], *, jobs: int | None, desc: str, progre
             bar.part_done()
 
     order = sorted(range(len(readings)), key=lambda number: -readings[number].size_bytes)
-    with bar, ThreadPoolExecutor(jobs or default_jobs()) as pool:
+    with bar, ThreadPoolExecutor(jobs or JOBS) as pool:
         futures = {number: pool.submit(work, readings[number]) for number in order}
         try:
             while wait(futures.values(), timeout=0.2).not_done:

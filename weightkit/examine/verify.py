@@ -64,7 +64,7 @@ def verify(
         quick: read headers only, no tensor data.
         values: look at every weight and scale for NaN, Inf and scales that are not positive; of GPTQ at group numbers
             and zero points too.
-        jobs: files read at once; default ``default_jobs()``.
+        jobs: files read at once; default ``JOBS``.
         readers: who reads the files' data; default this process.
         progress: show a bar while tensor data is read.
 

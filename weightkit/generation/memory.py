@@ -69,7 +69,7 @@ def divide(
     working = working_bytes(weights.arch, sizes, weights.dtype.itemsize, tokens, sequences, most_tokens)
     if weights.multiplies_stored:
         working += grouped_bytes(weights.arch, weights.dtype.itemsize, tokens)
-    working += WORKSPACE_BYTES[weights.device.type] + (0 if on_gpu else weights.most_jobs * PIECE_BYTES)
+    working += WORKSPACE_BYTES[weights.device.type] + (0 if on_gpu else weights.jobs * PIECE_BYTES)
     least = working + 2 * sizes.largest
     if weights.may_stream is False:
         least = working + weights.fitting_bytes
@@ -116,7 +116,7 @@ def grouped_bytes(arch: Architecture, itemsize: int, tokens: int) -> int:
 def _host_weights(weights: CheckpointWeights, host_memory: int | None) -> int:
     """What is left of host memory for weights beside a GPU, the readers' buffers taken off."""
     total = int(available_memory_bytes() * FREE_SHARE) if host_memory is None else host_memory
-    buffers = weights.most_jobs * PIECE_BYTES
+    buffers = weights.jobs * PIECE_BYTES
     least = buffers + 2 * (1 << (weights.sizes.largest - 1).bit_length())  # pinned in powers of two
     if total < least and weights.is_streamed:
         raise SpaceError(

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from weightkit.errors import MissingFileError
-from weightkit.machine import default_jobs, usable_cores
+from weightkit.machine import JOBS, usable_cores
 from weightkit.measure.ceilings import Ceilings
 from weightkit.measure.cores import copy_rate, dequant_rate, sha256_rate
 from weightkit.measure.disk import MOST_BYTES, measure_disk
@@ -35,7 +35,7 @@ def measure(folder: Path, *, seconds: float = SECONDS, most_bytes: int = MOST_BY
         raise MissingFileError(what, where=folder, fix="Name a folder on the disk that is to be measured.")
     cores, short = usable_cores(), seconds * _SHARE
     load = os.getloadavg()[0]
-    disk = measure_disk(folder, jobs=default_jobs(), seconds=seconds, most_bytes=most_bytes)
+    disk = measure_disk(folder, jobs=JOBS, seconds=seconds, most_bytes=most_bytes)
     return Ceilings(
         folder=str(folder.absolute()),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -51,7 +51,7 @@ def measure(folder: Path, *, seconds: float = SECONDS, most_bytes: int = MOST_BY
         copy_one=copy_rate(1, short),
         copy_all=copy_rate(cores, short),
         sha256_one=sha256_rate(1, short),
-        sha256_all=sha256_rate(2 * cores, short),
+        sha256_all=sha256_rate(max(cores, JOBS), short),
         dequant_one=dequant_rate(1, short),
         dequant_all=dequant_rate(cores, short),
         gpu=measure_gpu(short),

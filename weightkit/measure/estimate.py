@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from weightkit.machine import default_jobs
+from weightkit.machine import JOBS
 from weightkit.measure.ceilings import Ceilings
 
 
@@ -49,8 +49,8 @@ class Estimate:
 
 
 def estimate(work: Work, ceilings: Ceilings, *, jobs: int | None = None) -> Estimate:
-    """The slowest stage of ``work`` where ``jobs`` files (default: ``default_jobs``) are in work at once."""
-    stages = stages_of(work, ceilings, jobs or default_jobs(ceilings.cores))
+    """The slowest stage of ``work`` where ``jobs`` files (default: ``JOBS``) are in work at once."""
+    stages = stages_of(work, ceilings, jobs or JOBS)
     bound_by = max(stages, key=lambda stage: stages[stage])
     seconds = stages[bound_by]
     return Estimate(work.command, seconds, bound_by, (work.reads_bytes + work.writes_bytes) / seconds if seconds else 0)

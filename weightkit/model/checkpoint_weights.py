@@ -16,7 +16,7 @@ from weightkit.compute import open_engine
 from weightkit.compute.engines import DeviceName
 from weightkit.errors import GenerationError, SpaceError
 from weightkit.family import Architecture, expert_of, is_mtp, layer_of
-from weightkit.machine import available_memory_bytes, default_jobs
+from weightkit.machine import JOBS, available_memory_bytes
 from weightkit.model.checked_products import CheckedProducts
 from weightkit.model.loading import Loader, torch_dtype
 from weightkit.model.memory import FREE_SHARE, aligned, free_memory_bytes
@@ -31,7 +31,6 @@ ROUTER = (".mlp.gate.weight", ".mlp.gate.e_score_correction_bias")
 _UNUSED = (".indexer.", "rotary_emb.inv_freq")
 _EMBEDDING = "model.embed_tokens.weight"
 
-STREAM_JOBS = 8
 """Fewest readers where weights are streamed: they wait for the disk, not for cores."""
 
 
@@ -250,12 +249,7 @@ class CheckpointWeights:
     @property
     def jobs(self) -> int:
         """Weights read at once."""
-        return self.most_jobs if self.is_streamed else self._jobs or default_jobs()
-
-    @property
-    def most_jobs(self) -> int:
-        """Weights read at once if they are streamed."""
-        return self._jobs or max(STREAM_JOBS, default_jobs())
+        return self._jobs or JOBS
 
     @property
     def bytes_read(self) -> int:

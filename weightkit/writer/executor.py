@@ -38,7 +38,7 @@ from weightkit.compute.engines import SLOTS
 from weightkit.compute.evaluate import STRIP_ROWS
 from weightkit.durable import FULL, PARTIAL, STATE_DIR, Hold, no_space, only_writer, sync_folder, write_whole
 from weightkit.errors import DeviceError, Interrupted, PlanError, WriteError
-from weightkit.machine import default_jobs
+from weightkit.machine import JOBS
 from weightkit.progress import Progress as ProgressBar
 from weightkit.remote.ranges import RemoteFiles
 from weightkit.units import counted, human_bytes, human_seconds
@@ -167,13 +167,13 @@ class LocalExecutor:
     """Threads of this process.
 
     Args:
-        jobs: files in work at once; default ``default_jobs()``.
+        jobs: files in work at once; default ``JOBS``.
     """
 
     def __init__(self, jobs: int | None = None) -> None:
         if jobs is not None and jobs < 1:
             raise PlanError("not a number of jobs", where="--jobs", expected="at least 1", found=jobs)
-        self.jobs = jobs or default_jobs()
+        self.jobs = jobs or JOBS
 
     def require(self, plan: Plan) -> None:
         """Raises ``SpaceError`` where memory is too little for so many jobs."""
@@ -203,7 +203,7 @@ def execute(
 
     Args:
         plan: from ``make_plan``.
-        jobs: files in work at once; default ``default_jobs()``. Not asked with an ``executor``.
+        jobs: files in work at once; default ``JOBS``. Not asked with an ``executor``.
         engine: where tensors are computed in this process, or what starts it once it is known which of them are left;
             default the CPU.
         executor: who fills the files; default ``LocalExecutor(jobs)``. The bytes do not depend on it.

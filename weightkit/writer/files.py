@@ -89,7 +89,7 @@ class FileWriter:
             before: what an earlier attempt made durable there.
             observer: after a failure it is told, last, how much is safe.
         """
-        kept, digest = (0, None) if is_promised(file) else _durable_prefix(partial, before, observer)
+        kept, digest = (0, None) if is_promised(file) else _durable_prefix(partial, file, before, observer)
         observer.kept(kept)
         stream = AppendStream(partial, file.size_bytes, resume_at=kept, digest=digest)
         try:
@@ -177,13 +177,15 @@ def is_promised(file: PlannedFile) -> bool:
     return any(isinstance(tensor, Promised) for tensor in file.tensors.values())
 
 
-def _durable_prefix(partial: Path, before: Progress | None, observer: Observer) -> tuple[int, Digest | None]:
+def _durable_prefix(
+    partial: Path, file: PlannedFile, before: Progress | None, observer: Observer
+) -> tuple[int, Digest | None]:
     """How much of a partial file can be trusted: what the journal vouches for and still hashes as it says."""
     if before is None or before.done or not partial.exists() or partial.stat().st_size < before.bytes:
         return 0, None
-    digest, left = sha256(before.bytes), before.bytes
-    with partial.open("rb", buffering=0) as file:
-        while left and (block := file.read(min(left, BUFFER_BYTES))):
+    digest, left = sha256(file.size_bytes), before.bytes
+    with partial.open("rb", buffering=0) as opened:
+        while left and (block := opened.read(min(left, BUFFER_BYTES))):
             observer.check_stop()
             digest.update(block)
             left -= len(block)

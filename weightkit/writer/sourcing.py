@@ -21,7 +21,7 @@ from weightkit.checkpoint.stamp import Stamp
 from weightkit.checkpoint.tensors import LazyTensor, size_bytes, stored_parts
 from weightkit.durable import STATE_DIR
 from weightkit.errors import SpaceError
-from weightkit.machine import default_jobs, free_disk_bytes
+from weightkit.machine import JOBS, free_disk_bytes
 from weightkit.remote.address import is_address
 from weightkit.units import human_bytes
 from weightkit.writer.journal import Progress
@@ -115,7 +115,7 @@ def plan_sourcing(
 
     Args:
         files: progress that an earlier run left.
-        jobs: outputs at once; default ``default_jobs()``, and all that share their sources where there is a spool: else
+        jobs: outputs at once; default ``JOBS``, and all that share their sources where there is a spool: else
             each of these sources would be fetched again for the next outputs.
         limit_bytes: most that the spool may take; 0 for none; default room for what is in work, as far as the disk has
             it.
@@ -125,16 +125,16 @@ def plan_sourcing(
     Raises ``SpaceError`` where the limit, or the disk, is too small for what one tensor is made from.
     """
     if not any(map(is_address, plan.stamps)):
-        return Sourcing({}, jobs=jobs or default_jobs())
+        return Sourcing({}, jobs=jobs or JOBS)
     left = [file for file in plan.files if not (progress := files.get(file.name)) or not progress.done]
     needed = {file.name: uses(file, _start(files, file)) for file in left}
     paths = dict.fromkeys(use.path for found in needed.values() for use in found)
     stamps = {path: plan.stamps[path] for path in paths}
     known = tuple(path for path, stamp in stamps.items() if stamp.sha256 is not None)
     if not known or limit_bytes == 0 or elsewhere:
-        return Sourcing(stamps, jobs=jobs or default_jobs())
+        return Sourcing(stamps, jobs=jobs or JOBS)
     sharing = max(Counter(use.path for found in needed.values() for use in found).values())
-    at_once = jobs or max(default_jobs(), min(sharing, MAX_SHARING))
+    at_once = jobs or max(JOBS, min(sharing, MAX_SHARING))
     limit = _limit(plan, files, left, {path: stamps[path].size_bytes for path in known}, at_once, limit_bytes, force)
     total = sum(stamps[path].size_bytes for path in known)
     refetched = 1 if limit >= total else -(-sharing // at_once)

@@ -130,8 +130,8 @@ class AppendStream:
 
     def _submit(self) -> None:
         block = _Block(self._current, self._filled, self.position - self._filled)
-        self._submitted += 1
         hashers().put(self._hashing, block.data, lambda: self._done_with(block))
+        self._submitted += 1
         self._to_write.put(block)
         self._filled = 0
         self._current = self._free.get()

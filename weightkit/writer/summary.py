@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from weightkit.checkpoint.tensors import LazyTensor, is_plain, size_bytes, stored_parts
 from weightkit.errors import FormatError
-from weightkit.machine import available_memory_bytes, default_jobs, free_disk_bytes, usable_cores
+from weightkit.machine import JOBS, available_memory_bytes, free_disk_bytes, usable_cores
 from weightkit.measure import Ceilings, Work, estimate, find, load
 from weightkit.remote.address import is_address
 from weightkit.units import counted, human_bytes, human_seconds
@@ -101,7 +101,7 @@ def summarize(
     Raises ``TargetError`` where it could not be carried out, ``SpaceError`` for a spool that is too small.
     """
     state = inspect_target(plan, force=force)
-    sourcing = Sourcing({}, jobs=jobs or default_jobs())
+    sourcing = Sourcing({}, jobs=jobs or JOBS)
     if not state.complete:
         sourcing = plan_sourcing(
             plan, state.files, jobs=jobs, limit_bytes=spool_bytes, elsewhere=elsewhere, force=force
