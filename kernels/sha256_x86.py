@@ -1,8 +1,8 @@
 """SHA-256 on x86's SHA instructions, one stream or two at once.
 
 A round waits for the round before it (4 cycles on Zen and Ice Lake), and a core can begin another in between. Two
-streams whose rounds take turns are therefore hashed in little more time than one: on Zen 1.76 times the bytes a second
-of OpenSSL, which hashes one. LLVM compiles it when first needed; calls release the GIL.
+streams whose rounds take turns are therefore hashed in little more time than one (``tests/benchmarks/bench_hash.py``).
+LLVM compiles it when first needed; calls release the GIL.
 
 Source: FIPS 180-4, section 6.2, and Intel's SHA extensions (the two halves of the state lie as F E B A and H G D C).
 """
@@ -65,7 +65,7 @@ class Compiled:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         target = llvm.Target.from_default_triple()
-        # What instructions there are, in the order that is best on Ice Lake: on Zen 3 a tenth faster than in its own.
+        # What instructions there are, in the order that is best on Ice Lake: on AMD a tenth faster than in its own.
         features = llvm.get_host_cpu_features().flatten()
         machine = target.create_target_machine(cpu="icelake-server", features=features, opt=3)
         module = llvm.parse_assembly(_module(target.triple))

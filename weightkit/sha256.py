@@ -13,7 +13,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -260,26 +259,23 @@ def _hash(lines: list[Line], second_waits: int) -> list[Line]:
     return [line for line in lines if not isinstance(line.digest, Pairable) or not line.digest.blocks]
 
 
-@cache
-def _hashers() -> Hashers:
+def _make() -> Hashers:
     cores = usable_cores()
     return Hashers(most=cores, apart=cores)
 
 
-_first = threading.Lock()
+_hashers = _make()
 
 
 def hashers() -> Hashers:
     """Those of this process."""
-    with _first:
-        return _hashers()
+    return _hashers
 
 
-def _forget() -> None:
+def _make_again() -> None:
     """A process that was forked has none of the threads, and perhaps a lock that nobody will release."""
-    global _first
-    _first = threading.Lock()
-    _hashers.cache_clear()
+    global _hashers
+    _hashers = _make()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_make_again)

@@ -15,11 +15,10 @@ from weightkit.hub.partial import Grain
 from weightkit.hub.plan import FetchPlan, make_shared, plan_fetch, require_space
 from weightkit.hub.run import Run, seal
 from weightkit.hub.state import Record
+from weightkit.machine import JOBS
 from weightkit.progress import Progress
 from weightkit.remote.patience import Patience, Throttle
 from weightkit.units import human_bytes, human_seconds
-
-DEFAULT_JOBS = 8
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def execute(
     try:
         plan.target.mkdir(parents=True, exist_ok=True)
         with only_writer(plan.target):
-            notes = _run(plan, shared, jobs or DEFAULT_JOBS, grain, progress)
+            notes = _run(plan, shared, jobs or JOBS, grain, progress)
     except OSError as exc:
         if exc.errno in FULL:
             raise no_space(plan.target) from exc
